@@ -1,0 +1,191 @@
+"""Decides what runs next on one rank. Pure: plan() and commit() see ints only, so a test or a simulator can drive it.
+
+Life of a request:
+1. add: it waits.
+2. plan admits it: cached prefix pages and fresh pages are taken; part of it runs in this step.
+3. plan, again and again: the rest of the prompt in chunks, then one token a step.
+4. preempted, maybe: pages ran out, the youngest request gives its pages back and waits again; its tokens stay.
+5. commit tells its new tokens; the last one finishes it. Its pages stay held.
+6. release gives the pages back. (abort is release at any moment.)
+
+plan() may be called again before commit(): steps run in plan order, so a plan relies on earlier plans, not on results.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from brigade.core.pages import PagePool
+from brigade.core.request import Request
+
+LAST = -1
+"""Stands for "the token you sampled last for this request", which the planner does not know yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One request's share of one step: run `tokens` at positions start.. with `pages` as its page table.
+
+    Within each layer, slices write the cache in order before any later slice reads it: a slice may use pages that an
+    earlier slice of the same step fills.
+    """
+
+    rid: int
+    tokens: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    sample: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one rank runs in one step. An empty plan is falsy."""
+
+    slices: tuple[Slice, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.slices)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(s.tokens) for s in self.slices)
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, first come first served.
+
+    Running requests come first, oldest first; what is left of the step's token budget admits waiting ones. So a decode
+    never waits for more than one chunk of somebody's prompt.
+    """
+
+    def __init__(self, pool: PagePool, *, max_step_tokens: int, max_running: int) -> None:
+        if max_step_tokens < 1 or max_running < 1:
+            raise ValueError("max_step_tokens and max_running must be at least 1")
+        self.pool, self.max_step_tokens, self.max_running = pool, max_step_tokens, max_running
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.live: dict[int, Request] = {}
+        self.n_preempted = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.live)
+
+    def add(self, req: Request) -> None:
+        """Queue a request. Raises ValueError if it could never run, so that nothing waits for ever."""
+        if req.rid in self.live:
+            raise ValueError(f"request {req.rid} is already known")
+        need = self._n_pages(req.n_prompt + req.max_new - 1)
+        if need > self.pool.n_pages:
+            raise ValueError(f"request {req.rid} needs {need} pages; the cache has {self.pool.n_pages}")
+        self.live[req.rid] = req
+        self.waiting.append(req)
+
+    def plan(self) -> StepPlan:
+        """The next step. Empty when nothing can run before a commit, or nothing is left to do."""
+        budget, slices = self.max_step_tokens, list[Slice]()
+        n_preempted = self.n_preempted
+        for req in list(self.running):  # a victim of preemption is always younger, so never already in `slices`
+            n = min(req.todo, budget)
+            if n and req in self.running and self._grow(req, n):
+                slices.append(self._slice(req, n))
+                budget -= n
+        if self.n_preempted == n_preempted:  # pages just ran out: admitting now would only preempt again
+            while budget and (new := self._admit(budget)):
+                slices.append(new)
+                budget -= len(new.tokens)
+        return StepPlan(tuple(slices))
+
+    def commit(self, plan: StepPlan, new: Mapping[int, int]) -> list[Request]:
+        """Take the tokens that `plan` sampled; returns the requests that are finished. Their pages stay held."""
+        finished = []
+        for s in plan.slices:
+            req = self.live.get(s.rid)
+            if req is None or not s.sample:  # None: it finished or was aborted while this step ran
+                continue
+            req.inflight -= 1
+            req.tokens.append(new[s.rid])
+            if req.finish:
+                self._forget(req)
+                finished.append(req)
+        return finished
+
+    def release(self, req: Request) -> None:
+        """Give back the pages of a finished request, leaving what it computed findable for the next turn of a chat."""
+        self._publish(req)
+        self._give_back(req)
+
+    def abort(self, rid: int) -> bool:
+        """Drop a request in any state; False if it is not known (any more). Safe while a step that has it runs:
+        whoever gets its pages next writes them in a later step."""
+        req = self.live.get(rid)
+        if req is None:
+            return False
+        self._forget(req)
+        self._give_back(req)
+        return True
+
+    def _forget(self, req: Request) -> None:
+        del self.live[req.rid]
+        if req in self.running:
+            self.running.remove(req)
+        else:
+            self.waiting.remove(req)
+
+    def _admit(self, budget: int) -> Slice | None:
+        """Move the first waiting request to the running ones, if there is room for it and for its pages."""
+        if not self.waiting or len(self.running) >= self.max_running:
+            return None
+        req = self.waiting[0]
+        if req.inflight:  # preempted with a sample on its way: its next token is not known yet
+            return None
+        found, known = self.pool.match(req.tokens, req.salt)
+        n_cached = len(found) * self.pool.page
+        n = min(len(req.tokens) - n_cached, budget)
+        # A spare page for each running request: without it, their growth would preempt this one in the next step.
+        pages = self.pool.take(self._n_pages(n_cached + n) - len(found), found, spare=len(self.running))
+        if pages is None:
+            return None
+        req.pages, req.known, req.done = pages, known, n_cached
+        if req.n_cached is None:
+            req.n_cached = n_cached
+        self.running.append(self.waiting.popleft())
+        return self._slice(req, n)
+
+    def _grow(self, req: Request, n: int) -> bool:
+        """Get the pages for n more positions, preempting from the youngest on; False if req itself had to go."""
+        need = self._n_pages(req.done + n) - len(req.pages)
+        while (pages := self.pool.take(max(need, 0))) is None:
+            victim = self.running.pop()
+            self.n_preempted += 1
+            self._give_back(victim)
+            self.waiting.appendleft(victim)
+            if victim is req:
+                return False
+        req.pages += pages
+        return True
+
+    def _slice(self, req: Request, n: int) -> Slice:
+        start, req.done = req.done, req.done + n
+        sample = req.done == len(req.tokens) + req.inflight
+        known = req.tokens[start : req.done]
+        tokens = (*known, *[LAST] * (n - len(known)))
+        self._publish(req)
+        req.inflight += sample
+        return Slice(req.rid, tokens, start, tuple(req.pages), sample)
+
+    def _publish(self, req: Request) -> None:
+        page = self.pool.page
+        if min(req.done, len(req.tokens)) // page > req.known.n_pages:
+            req.known = self.pool.publish(req.tokens[: req.done], req.pages, req.known)
+
+    def _give_back(self, req: Request) -> None:
+        self.pool.release(req.pages)
+        req.pages = []
+
+    def _n_pages(self, n: int) -> int:
+        return -(-n // self.pool.page)
