@@ -1,0 +1,88 @@
+"""A StepPlan as tensors: built once a step, read by every layer. Must not decide anything."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brigade.core.scheduler import LAST, Slice, StepPlan
+
+PADDING = 2
+"""Decodes share one padded attention call while the longest has at most this many times the pages of the shortest."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Several query tokens of one request: rows `row`.. of the batch, at positions `start`.."""
+
+    row: int
+    n: int
+    start: int
+    pages_P: Tensor
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """One query token each of several requests with contexts of similar length."""
+
+    rows_B: Tensor
+    pages_BP: Tensor
+    lengths_B: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens of one step, slice after slice."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    """Where each token's cache row goes: page * page size + offset."""
+    chunks: list[Chunk]
+    decodes: list[Decodes]
+    sample_R: Tensor
+    """Rows whose logits are wanted."""
+    rids: list[int]
+    """Whose they are."""
+
+
+def build(plan: StepPlan, page: int, last: Mapping[int, int]) -> Batch:
+    """Lay a plan out. `last` gives the token that a LAST of a request stands for."""
+    ids, positions, slots = list[int](), list[int](), list[int]()
+    sample, rids = list[int](), list[int]()
+    chunks, single = list[Chunk](), list[tuple[int, Slice]]()
+    for s in plan.slices:
+        row = len(ids)
+        if len(s.tokens) == 1:
+            single.append((row, s))
+        else:
+            chunks.append(Chunk(row, len(s.tokens), s.start, torch.tensor(s.pages)))
+        ids += [last[s.rid] if t == LAST else t for t in s.tokens]
+        positions += range(s.start, s.end)
+        slots += [s.pages[p // page] * page + p % page for p in range(s.start, s.end)]
+        if s.sample:
+            sample.append(len(ids) - 1)
+            rids.append(s.rid)
+    return Batch(_long(ids), _long(positions), _long(slots), chunks, _group(single), _long(sample), rids)
+
+
+def _group(single: list[tuple[int, Slice]]) -> list[Decodes]:
+    """Put decodes of similar context length together, so that padding at most doubles what is read."""
+    groups: list[list[tuple[int, Slice]]] = []
+    for row, s in sorted(single, key=lambda x: len(x[1].pages)):
+        if groups and len(s.pages) <= PADDING * len(groups[-1][0][1].pages):
+            groups[-1].append((row, s))
+        else:
+            groups.append([(row, s)])
+    return [_decodes(g) for g in groups]
+
+
+def _decodes(group: list[tuple[int, Slice]]) -> Decodes:
+    width = max(len(s.pages) for _, s in group)
+    pages = [[*s.pages, *[s.pages[0]] * (width - len(s.pages))] for _, s in group]
+    return Decodes(_long([row for row, _ in group]), _long(pages), _long([s.end for _, s in group]))
+
+
+def _long(values: list[int] | list[list[int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)

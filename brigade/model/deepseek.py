@@ -1,0 +1,120 @@
+"""DeepSeek-V3's forward pass over one step's tokens (arXiv:2412.19437). Reads top to bottom; must not know processes.
+
+Attention runs in its absorbed form: queries are moved into the latent space, so the cache holds one latent and one
+rotary key a token, never the heads. Shape letters as in kernels/reference.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from brigade.kernels import reference as ops
+from brigade.model import rotary
+from brigade.model.batch import Batch
+from brigade.model.cache import KvCache
+from brigade.spec.model import Mla, ModelSpec
+
+LATENT_NORM_EPS = 1e-6
+"""The two norms inside MLA have their own constant in DeepSeek's code, whatever rms_norm_eps says."""
+
+Weights = dict[str, Tensor]
+"""By checkpoint name, as spec/params.py lists them; experts stacked under the name with a `*`."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention weights; kv_b_proj is split into what absorbs queries and what expands values."""
+
+    q_a: Tensor | None
+    q_norm: Tensor | None
+    q_b: Tensor
+    kv_a: Tensor
+    kv_norm: Tensor
+    key_HNC: Tensor
+    value_HCV: Tensor
+    out: Tensor
+
+    @classmethod
+    def of(cls, w: Weights, at: str, a: Mla) -> "Attention":
+        up = w[f"{at}.kv_b_proj.weight"].view(a.n_heads, a.nope + a.v, a.kv_rank)
+        return cls(
+            q_a=w.get(f"{at}.q_a_proj.weight"),
+            q_norm=w.get(f"{at}.q_a_layernorm.weight"),
+            q_b=w[f"{at}.q_b_proj.weight" if a.q_rank else f"{at}.q_proj.weight"],
+            kv_a=w[f"{at}.kv_a_proj_with_mqa.weight"],
+            kv_norm=w[f"{at}.kv_a_layernorm.weight"],
+            key_HNC=up[:, : a.nope],
+            value_HCV=up[:, a.nope :].transpose(1, 2),
+            out=w[f"{at}.o_proj.weight"],
+        )
+
+
+class DeepSeek:
+    """The model on one rank. `forward` may be called with a batch of no tokens."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, cache: KvCache, context: int) -> None:
+        if not isinstance(spec.attention, Mla):
+            raise TypeError(f"{spec.architecture} has no latent attention")
+        self.spec, self.a, self.w, self.cache = spec, spec.attention, weights, cache
+        self.attn = [Attention.of(weights, f"model.layers.{i}.self_attn", self.a) for i in range(spec.n_layers)]
+        self.cos, self.sin = rotary.table(spec.rope, context)
+        self.scale = rotary.score_scale(spec.rope, self.a.qk)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Run one step. Returns float32 logits [R, V] of the rows to sample."""
+        x_TD = F.embedding(batch.ids_T, self.w["model.embed_tokens.weight"])
+        cos_TR, sin_TR = self.cos[batch.positions_T], self.sin[batch.positions_T]
+        for i in range(self.spec.n_layers):
+            at = f"model.layers.{i}"
+            x_TD = x_TD + self.attention(i, self.norm(x_TD, f"{at}.input_layernorm"), batch, cos_TR, sin_TR)
+            h_TD = self.norm(x_TD, f"{at}.post_attention_layernorm")
+            x_TD = x_TD + (self.moe(h_TD, f"{at}.mlp") if self.spec.is_moe(i) else self.mlp(h_TD, f"{at}.mlp"))
+        x_RD = self.norm(x_TD[batch.sample_R], "model.norm")
+        head = "model.embed_tokens.weight" if self.spec.tied_head else "lm_head.weight"
+        return F.linear(x_RD, self.w[head]).float()
+
+    def attention(self, layer: int, x_TD: Tensor, batch: Batch, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        a, w, cache = self.a, self.attn[layer], self.cache.layers[layer]
+        q = x_TD if w.q_a is None else ops.rms_norm(F.linear(x_TD, w.q_a), _some(w.q_norm), LATENT_NORM_EPS)
+        q_THN, q_THR = F.linear(q, w.q_b).unflatten(-1, (a.n_heads, a.qk)).split([a.nope, a.rope], -1)
+        c_TC, k_TR = F.linear(x_TD, w.kv_a).split([a.kv_rank, a.rope], -1)
+        interleaved = self.spec.rope.interleaved
+        k_TR = ops.rotate(k_TR, cos_TR, sin_TR, interleaved)
+        q_THR = ops.rotate(q_THR, cos_TR[:, None], sin_TR[:, None], interleaved)
+        rows_TW = torch.cat([ops.rms_norm(c_TC, w.kv_norm, LATENT_NORM_EPS), k_TR], -1)
+        ops.write_cache(cache, rows_TW, batch.slots_T)
+        q_THC = (q_THN.transpose(0, 1) @ w.key_HNC).transpose(0, 1)
+        q_THW = torch.cat([q_THC, q_THR], -1) * self.scale
+        o_THC = torch.empty_like(q_THC)
+        for c in batch.chunks:
+            o_THC[c.row : c.row + c.n] = ops.mla_prefill(
+                q_THW[c.row : c.row + c.n], cache, c.pages_P, c.start, a.kv_rank
+            )
+        for d in batch.decodes:
+            o_THC[d.rows_B] = ops.mla_decode(q_THW[d.rows_B], cache, d.pages_BP, d.lengths_B, a.kv_rank)
+        o_THV = (o_THC.transpose(0, 1) @ w.value_HCV).transpose(0, 1)
+        return F.linear(o_THV.flatten(1), w.out)
+
+    def moe(self, x_TD: Tensor, at: str) -> Tensor:
+        w, moe = self.w, self.spec.moe
+        if moe is None:
+            raise TypeError(f"{at} is not a mixture of experts")
+        ids_TK, w_TK = ops.route(x_TD, w[f"{at}.gate.weight"], w[f"{at}.gate.e_score_correction_bias"], moe)
+        gate, up, down = (w[f"{at}.experts.*.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        y_TD = ops.experts(x_TD, ids_TK, w_TK, gate, up, down)
+        return y_TD + self.mlp(x_TD, f"{at}.shared_experts") if moe.n_shared else y_TD
+
+    def mlp(self, x_TD: Tensor, at: str) -> Tensor:
+        gate, up, down = (self.w[f"{at}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        return ops.swiglu(x_TD, gate, up, down)
+
+    def norm(self, x: Tensor, at: str) -> Tensor:
+        return ops.rms_norm(x, self.w[f"{at}.weight"], self.spec.norm_eps)
+
+
+def _some(t: Tensor | None) -> Tensor:
+    if t is None:
+        raise TypeError("a model with q_lora_rank needs q_a_layernorm")
+    return t

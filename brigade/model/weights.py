@@ -1,0 +1,182 @@
+"""Reads a checkpoint's tensors: safetensors files, memory-mapped, checked against the table of parameters first.
+
+Only what a rank holds is read. FP8 block-scaled weights are dequantised on the way. Never pickle, never code.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from brigade.spec.config import BadConfig, read_json
+from brigade.spec.model import ModelSpec
+from brigade.spec.params import Param, params
+
+PLAIN_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
+FP8 = "F8_E4M3"
+SCALE = "_scale_inv"
+WITHOUT_EFFECT = (".rotary_emb.inv_freq",)
+"""Tensors that old exporters wrote and that are computed here."""
+
+
+class BadCheckpoint(BadConfig):
+    """Tensor files that cannot be served. The message names the file and says what to do."""
+
+
+class Checkpoint:
+    """The tensor files of one folder, opened and checked against a spec before anything is read.
+
+    Raises BadCheckpoint for a missing, truncated or foreign file, and for a missing, unknown or misshapen tensor.
+    """
+
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._file_of: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for path in _tensor_files(folder):
+            self._open[path] = _opened(path)
+            for name in self._open[path].keys():  # noqa: SIM118 - not a dict
+                if name in self._file_of:
+                    raise BadCheckpoint(f"{path}: tensor '{name}' is also in {self._file_of[name]}; keep one")
+                self._file_of[name] = path
+        self.folder = folder
+        self.params = list(params(spec))
+        self._check()
+
+    def n_bytes(self) -> int:
+        """Bytes that load() will read."""
+        return sum(self._bytes_of(p) for p in self.params)
+
+    def load(self, dtype: torch.dtype, progress: Callable[[int], None] = lambda n: None) -> dict[str, Tensor]:
+        """Read every parameter as `dtype`; `progress` hears the bytes read so far. Experts come stacked."""
+        weights, done = {}, 0
+        for p in self.params:
+            out = weights[p.name] = _room(p, dtype)
+            parts = out if p.per_expert else [out]
+            for (name, _), part in zip(p.tensors(), parts, strict=True):
+                self._copy(name, part)
+                done += self._bytes_of(p) // len(parts)
+                progress(done)
+        return weights
+
+    def _copy(self, name: str, out: Tensor) -> None:
+        file = self._open[self._file_of[name]]
+        try:
+            tensor = file.get_tensor(name)
+            if self._dtype(name) != FP8:
+                out.copy_(tensor)
+                return
+            scale = self._open[self._file_of[name + SCALE]].get_tensor(name + SCALE)
+        except (SafetensorError, OSError) as e:
+            raise BadCheckpoint(f"{self._file_of[name]}: tensor '{name}' cannot be read ({e}); copy it again") from e
+        dequantize(tensor, scale, self._block(), out)
+
+    def _block(self) -> tuple[int, int]:
+        if self.spec.block_scale is None:
+            raise BadCheckpoint(
+                f"{self.folder}: FP8 weights, but config.json has no quantization_config with weight_block_size"
+            )
+        return self.spec.block_scale
+
+    def _dtype(self, name: str) -> str:
+        return str(self._open[self._file_of[name]].get_slice(name).get_dtype())
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
+
+    def _bytes_of(self, p: Param) -> int:
+        first = next(p.tensors())[0]
+        return p.size * PLAIN_DTYPES.get(self._dtype(first), 1)
+
+    def _check(self) -> None:
+        expected: set[str] = set()
+        for p in self.params:
+            for name, shape in p.tensors():
+                self._check_tensor(name, shape, p.scaled)
+                expected |= {name, name + SCALE}
+        unknown = [n for n in self._file_of if n not in expected and not self._is_known_extra(n)]
+        if unknown:
+            raise BadCheckpoint(
+                f"{self._file_of[unknown[0]]}: tensor '{unknown[0]}' ({len(unknown)} such in all) is not part of "
+                f"{self.spec.architecture} with this config.json; the two do not belong together"
+            )
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...], scaled: bool) -> None:
+        path = self._file_of.get(name)
+        if path is None:
+            raise BadCheckpoint(f"{self.folder}: tensor '{name}' is in none of the safetensors files; copy them again")
+        if self._shape(name) != shape:
+            raise BadCheckpoint(
+                f"{path}: tensor '{name}' has shape {list(self._shape(name))}, but config.json asks for {list(shape)}"
+            )
+        dtype = self._dtype(name)
+        if dtype in PLAIN_DTYPES:
+            return
+        if dtype != FP8 or not scaled:
+            raise BadCheckpoint(f"{path}: tensor '{name}' has type {dtype}, which cannot be served")
+        rows, cols = self._block()
+        blocks = (-(-shape[0] // rows), -(-shape[1] // cols))
+        if name + SCALE not in self._file_of:
+            raise BadCheckpoint(f"{path}: tensor '{name}' is FP8 but its scales '{name + SCALE}' are missing")
+        if self._shape(name + SCALE) != blocks:
+            raise BadCheckpoint(
+                f"{path}: scales '{name + SCALE}' have shape {list(self._shape(name + SCALE))}, not {list(blocks)}"
+            )
+
+    def _is_known_extra(self, name: str) -> bool:
+        """Multi-token-prediction layers, a tied head stored twice, and tables that are computed here."""
+        if name.endswith(WITHOUT_EFFECT) or (self.spec.tied_head and name == "lm_head.weight"):
+            return True
+        parts = name.split(".")
+        if parts[:2] != ["model", "layers"] or not parts[2].isdigit():
+            return False
+        return self.spec.n_layers <= int(parts[2]) < self.spec.n_layers + self.spec.n_mtp
+
+
+def _room(p: Param, dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(p.shape, dtype=torch.float32 if p.exact else dtype)
+    except RuntimeError as e:  # torch has no type of its own for this on the CPU
+        raise MemoryError(f"no memory for '{p.name}' ({p.size} numbers as {dtype}): {e}") from e
+
+
+def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], out: Tensor) -> None:
+    """out = float8 weight times its block's scale (DeepSeek-V3, arXiv:2412.19437, section 3.3.2), a band at a time.
+
+    weight, out: [N, M]; scale: [ceil(N / rows), ceil(M / cols)], the factor that was divided out.
+    """
+    rows, cols = block
+    wide = scale.float().repeat_interleave(cols, 1)[:, : weight.shape[1]]
+    for band, factor in enumerate(wide):
+        at = slice(band * rows, (band + 1) * rows)
+        out[at] = weight[at].float() * factor
+
+
+def _tensor_files(folder: Path) -> Iterable[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            raise BadCheckpoint(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json")
+        return [single]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise BadCheckpoint(f"{index}: 'weight_map' must map tensor names to file names; copy the file again")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise BadCheckpoint(f"{index}: '{name}' is not the plain name of a .safetensors file beside it")
+        if not (folder / name).exists():
+            raise BadCheckpoint(f"{folder / name}: this shard is missing; copy it beside the index")
+    return [folder / name for name in names]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, json.JSONDecodeError) as e:
+        raise BadCheckpoint(f"{path}: truncated or not a safetensors file ({e}); copy it again") from e
