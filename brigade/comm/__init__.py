@@ -1,0 +1,1 @@
+"""How do bytes move? Typed messages between processes. Must not know what the messages mean."""
