@@ -1,0 +1,59 @@
+"""Every setting of the engine, in one frozen place. The worker resolves "auto" values and says what they became."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo"
+"""The bundled demo model: a real, small DeepSeek-V3-architecture mixture of experts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to run one model. Raises ValueError, naming the field, for values that cannot work."""
+
+    model: str = str(DEMO_MODEL)
+    dtype: Dtype = "auto"
+    """Type of weights, activations and cache while computing."""
+    max_context: int = 0
+    """Positions a request may have; 0: the model's context, or less if the cache is smaller."""
+    kv_bytes: int = 0
+    """Memory for the KV cache; 0: a quarter of what the weights leave free, at most what max_running requests need."""
+    page: int = 16
+    """Tokens a page of the KV cache."""
+    max_running: int = 64
+    """Requests that run in one step."""
+    max_waiting: int = 256
+    """Requests that may wait beyond the running ones before new ones are refused."""
+    max_step_tokens: int = 512
+    """Tokens a step may compute: the size of a prefill chunk and so the longest pause of a running decode."""
+    depth: int = 1
+    """Steps in flight: 1 waits for each step; 2 plans the next one while a step runs."""
+    threads: int = 0
+    """CPU threads of the worker; 0: all cores this process may use."""
+    step_deadline: float = 60.0
+    """Seconds without progress after which the worker is considered stuck, killed and replaced."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_context", 0, 1 << 24),
+            ("kv_bytes", 0, 1 << 50),
+            ("page", 1, 1024),
+            ("max_running", 1, 4096),
+            ("max_waiting", 0, 1 << 20),
+            ("max_step_tokens", 1, 1 << 20),
+            ("depth", 1, 4),
+            ("threads", 0, 1024),
+            ("step_deadline", 0.1, 3600),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype must be auto, bfloat16, float16 or float32, not {self.dtype!r}")
+        if self.max_step_tokens < self.max_running:
+            raise ValueError(
+                "max_step_tokens must be at least max_running, or some running requests would never advance"
+            )

@@ -1,0 +1,111 @@
+"""What the client and the worker say to each other. msgspec structs: typed, checked on arrival, never pickle."""
+
+import msgspec
+
+from brigade.engine.config import EngineConfig
+from brigade.spec.sampling import SamplingParams
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """The first message to a new worker: what to load and how to run it."""
+
+    config: EngineConfig
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    """Start a request. `params.seed` is set by now, so that a restart or a hand-over draws the same tokens."""
+
+    rid: int
+    prompt: list[int]
+    params: SamplingParams
+    salt: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Forget a request and give its pages back. Unknown ids are fine: it may have finished meanwhile."""
+
+    rid: int
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Answered between two steps, so an answer means that the loop turns."""
+
+    seq: int
+
+
+ToWorker = Start | Add | Abort | Ping
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Progress of reading the checkpoint, in bytes."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded; requests may come."""
+
+    n_pages: int
+    page: int
+    max_context: int
+    """Positions one request may have: the model's context, or what fits into the cache."""
+    notes: list[str]
+    """What "auto" settings became, and why."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The worker cannot load the model; the message names the file or the setting and says what to do."""
+
+    message: str
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    token: int
+    logprob: float
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One new token of one request."""
+
+    rid: int
+    token: int
+    finish: str = ""
+    """"stop", "length" or "error"; empty while the request goes on."""
+    logprob: float | None = None
+    top: list[Logprob] = []
+    n_cached: int = 0
+    """Prompt tokens that came from the prefix cache."""
+
+
+class Stats(msgspec.Struct, frozen=True, array_like=True):
+    """The rank's state after a step."""
+
+    n_steps: int
+    running: int
+    waiting: int
+    pages_used: int
+    n_preempted: int
+    """Preemptions since the start."""
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """What one step gave."""
+
+    tokens: list[Token]
+    stats: Stats
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """A request that the scheduler cannot take."""
+
+    rid: int
+    message: str
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    seq: int
+    stats: Stats
+
+
+FromWorker = Loading | Ready | Failed | Step | Refused | Pong

@@ -1,0 +1,111 @@
+"""The offline API: `Brigade(model).generate(prompts, params)`. The same engine as the server's, without HTTP."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from brigade.engine.client import Engine
+from brigade.engine.config import DEMO_MODEL, EngineConfig
+from brigade.engine.output import Completion, QueueFull, TokenLogprob
+from brigade.spec.sampling import SamplingParams
+
+T = TypeVar("T")
+Prompt = str | Sequence[int]
+
+
+class Brigade:
+    """A loaded model. Use it as a context manager, or call close(); settings are those of EngineConfig.
+
+    Raises LoadError if the model cannot be loaded and ValueError for a setting that cannot work.
+    """
+
+    def __init__(self, model: str = str(DEMO_MODEL), **settings: Any) -> None:
+        config = EngineConfig(model=str(model), **settings)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="brigade", daemon=True)
+        self._thread.start()
+        try:
+            self.engine = self._run(Engine.start(config))
+        except BaseException:
+            self._stop()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
+    ) -> list[Completion]:
+        """Complete prompts (texts or token lists), all of them batched together.
+
+        Returns `params.n` completions for each prompt, in order. `params` may be one set for all or one for each.
+        Raises BadRequest for a prompt or a value that cannot be served, Unavailable if the worker dies.
+        """
+        many = _as_list(prompts)
+        sets = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
+        if len(sets) != len(many):
+            raise ValueError(f"{len(many)} prompts but {len(sets)} sets of parameters")
+        return self._run(self._generate(list(zip(many, sets, strict=True))))
+
+    def close(self) -> None:
+        """End the worker process. Harmless when called twice."""
+        if self._thread.is_alive():
+            self._run(self.engine.close())
+            self._stop()
+
+    def __enter__(self) -> "Brigade":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    async def _generate(self, requests: list[tuple[Prompt, SamplingParams]]) -> list[Completion]:
+        tasks = []
+        async with asyncio.TaskGroup() as group:
+            for prompt, params in requests:
+                ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                tasks += [group.create_task(self._one(ids, choice)) for choice in params.choices()]
+        return [t.result() for t in tasks]
+
+    async def _one(self, ids: list[int], params: SamplingParams) -> Completion:
+        while True:
+            try:
+                generation = await self.engine.submit(ids, params)
+                break
+            except QueueFull:  # offline there is no client to tell: wait for room
+                await asyncio.sleep(0.05)
+        text, tokens, reason, n_cached = "", list[int](), "", 0
+        logprobs: list[TokenLogprob] = []
+        try:
+            async for delta in generation:
+                text += delta.text
+                tokens += delta.tokens
+                logprobs += delta.logprobs
+                reason, n_cached = delta.finish_reason or "", delta.n_cached
+        finally:
+            generation.cancel()
+        return Completion(text, tokens, reason, generation.timings, len(ids), n_cached, logprobs)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(p, int) for p in prompts):
+        return [[p for p in prompts if isinstance(p, int)]]
+    return [p for p in prompts if not isinstance(p, int)]

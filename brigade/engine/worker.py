@@ -1,0 +1,83 @@
+"""Runs step plans in order: owns the model, the cache and what sampling remembers. Must not decide what runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from brigade.core.scheduler import Slice, StepPlan
+from brigade.engine import auto
+from brigade.engine.config import EngineConfig
+from brigade.model.batch import build
+from brigade.model.cache import KvCache
+from brigade.model.deepseek import DeepSeek
+from brigade.model.dense import Dense
+from brigade.model.sampling import Choice, History, choose
+from brigade.model.weights import Checkpoint
+from brigade.spec.config import read_spec
+from brigade.spec.model import ModelSpec
+from brigade.spec.sampling import SamplingParams
+
+MODELS: dict[str, type[DeepSeek] | type[Dense]] = {
+    "DeepseekV3ForCausalLM": DeepSeek,
+    "LlamaForCausalLM": Dense,
+    "Qwen2ForCausalLM": Dense,
+}
+
+
+@dataclass
+class Worker:
+    """One rank's model. Its methods are called in plan order, from one thread at a time."""
+
+    spec: ModelSpec
+    model: DeepSeek | Dense
+    page: int
+    histories: dict[int, History]
+
+    @classmethod
+    def load(
+        cls, config: EngineConfig, machine: auto.Machine, progress: Callable[[int, int], None]
+    ) -> tuple["Worker", auto.Resolved]:
+        """Read the checkpoint and make the cache. Raises BadConfig (also for tensor files) and ValueError."""
+        folder = Path(config.model)
+        spec = read_spec(folder)
+        name, note = auto.dtype(config, spec, machine)
+        dtype = getattr(torch, name)
+        checkpoint = Checkpoint(folder, spec)
+        total = checkpoint.n_bytes()
+        progress(0, total)
+        weights = checkpoint.load(dtype, lambda done: progress(done, total))
+        resolved = auto.resolve(config, spec, auto.this_machine(), name, note)
+        torch.set_num_threads(resolved.threads)
+        cache = KvCache(spec, resolved.n_pages, config.page, dtype)
+        model = MODELS[spec.architecture](spec, weights, cache, resolved.max_context)
+        return cls(spec, model, config.page, {}), resolved
+
+    def add(self, rid: int, prompt: list[int], params: SamplingParams) -> None:
+        self.histories[rid] = History(params, prompt)
+
+    def forget(self, rid: int) -> None:
+        self.histories.pop(rid, None)
+
+    def warm_up(self) -> None:
+        """Run one token, so that the first request does not pay for first-call set-up, and a broken model shows now."""
+        self.add(-1, [0], SamplingParams(temperature=0))
+        self.run(StepPlan((Slice(-1, (0,), 0, (0,), True),)))
+        self.forget(-1)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> dict[int, Choice]:
+        """Run one step and sample. The last token of a request may be needed by the very next step."""
+        last = {s.rid: h.new[-1] for s in plan.slices if (h := self.histories[s.rid]).new}
+        batch = build(plan, self.page, last)
+        rows = [self.histories[rid] for rid in batch.rids]
+        choices = choose(self.model.forward(batch), rows)
+        for history, choice in zip(rows, choices, strict=True):
+            history.append(max(choice.token, 0))  # a broken row still has a position in the steps already planned
+        return dict(zip(batch.rids, choices, strict=True))
+
+
+def stop_ids(spec: ModelSpec, params: SamplingParams) -> frozenset[int]:
+    """Tokens that end a request."""
+    return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(spec.eos_ids))
