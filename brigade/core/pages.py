@@ -28,8 +28,8 @@ class PagePool:
 
     A published page is a node in a tree of prefixes, found by its parent node and its own tokens. The dictionary
     compares tokens, so equal hashes cannot mix prefixes up, and node numbers are never used twice, so a page that was
-    overwritten takes its descendants out of reach. Free pages are reused oldest first; a request gives its pages back
-    last page first, so leaves go before the prefixes they stand on.
+    overwritten takes its descendants out of reach. Free pages are reused oldest first, those without a known prefix
+    before all others; a request gives its pages back last page first, so leaves go before what they stand on.
     """
 
     def __init__(self, n_pages: int, page: int) -> None:
@@ -99,6 +99,8 @@ class PagePool:
             self.refs[p] -= 1
             if self.refs[p] == 0:
                 self._free[p] = None
+                if p not in self._prefix_of:  # nobody can find what it holds: reuse it before anything that is found
+                    self._free.move_to_end(p, last=False)
 
     def _fresh(self) -> int:
         page, _ = self._free.popitem(last=False)

@@ -36,6 +36,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.tokens or self.max_new < 1:
             raise ValueError(f"request {self.rid} needs at least one token and max_new >= 1")
+        self.tokens = list(self.tokens)  # it grows, and several requests may be made from one prompt
         self.n_prompt = len(self.tokens)
 
     @property

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from brigade.core.pages import PagePool
+from brigade.core.pages import NOTHING_KNOWN, PagePool
 from brigade.core.request import Request
 
 LAST = -1
@@ -76,7 +76,10 @@ class Scheduler:
         return bool(self.live)
 
     def add(self, req: Request) -> None:
-        """Queue a request. Raises ValueError if it could never run, so that nothing waits for ever."""
+        """Queue a request. Its rid must never have been used before: results of an aborted one may still come.
+
+        Raises ValueError if it could never run, so that nothing waits for ever.
+        """
         if req.rid in self.live:
             raise ValueError(f"request {req.rid} is already known")
         need = self._n_pages(req.n_prompt + req.max_new - 1)
@@ -185,7 +188,7 @@ class Scheduler:
 
     def _give_back(self, req: Request) -> None:
         self.pool.release(req.pages)
-        req.pages = []
+        req.pages, req.done, req.known = [], 0, NOTHING_KNOWN
 
     def _n_pages(self, n: int) -> int:
         return -(-n // self.pool.page)

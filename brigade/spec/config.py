@@ -13,7 +13,7 @@ WITHOUT_EFFECT = frozenset(
     _name_or_path _attn_implementation_autoset attention_dropout auto_map bos_token_id ep_size
     initializer_range is_llama_config max_window_layers model_type output_router_logits pad_token_id
     pretraining_tp router_aux_loss_coef seq_aux aux_loss_alpha sliding_window transformers_version use_cache
-    architectures rope_interleaved tokenizer_class task_specific_params unsloth_fixed chunk_size_feed_forward
+    architectures tokenizer_class task_specific_params transformers.js_config unsloth_fixed chunk_size_feed_forward
     id2label label2id is_encoder_decoder output_attentions output_hidden_states problem_type return_dict
     """.split()  # noqa: SIM905
 )
@@ -29,7 +29,7 @@ def read_spec(folder: Path) -> ModelSpec:
     config = read_json(path)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    return spec_from(config, str(path), eos)
+    return spec_from(config, str(path), _token_ids(eos, str(generation)) or None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def spec_from(config: dict[str, Any], where: str = "config.json", eos: Any = None) -> ModelSpec:
+def spec_from(config: dict[str, Any], where: str = "config.json", eos: tuple[int, ...] | None = None) -> ModelSpec:
     """Build a ModelSpec from a config.json's content; `eos` overrides its eos_token_id. Raises BadConfig."""
     keys = _Keys(config, where)
     architectures = keys.take("architectures", _list_of_str)
@@ -53,8 +53,8 @@ def spec_from(config: dict[str, Any], where: str = "config.json", eos: Any = Non
     build = known.get(architectures[0]) if len(architectures) == 1 else None
     if build is None:
         raise BadConfig(f"{where}: architectures {architectures} is not supported; supported: {', '.join(known)}")
-    own_eos = keys.take("eos_token_id", _any, None)
-    spec = build(keys, architectures[0], _token_ids(own_eos if eos is None else eos, where))
+    own_eos = _token_ids(keys.take("eos_token_id", _any, None), where)
+    spec = build(keys, architectures[0], own_eos if eos is None else eos)
     keys.finish()
     _check(spec, where)
     return spec
@@ -80,7 +80,10 @@ class _Keys:
 
     def must_be(self, key: str, *allowed: Any) -> None:
         """A key that may be absent, and of which only some values are implemented."""
-        if key in self.left and self.left.pop(key) not in allowed:
+        if key not in self.left:
+            return
+        value = self.left.pop(key)
+        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
             raise BadConfig(f"{self.where}: key '{key}' must be {' or '.join(map(repr, allowed))} to be served")
 
     def finish(self) -> None:
@@ -109,20 +112,20 @@ def _deepseek(k: _Keys, architecture: str, eos_ids: tuple[int, ...]) -> ModelSpe
     )
     k.must_be("head_dim", attention.rope, attention.qk)
     k.must_be("qk_head_dim", attention.qk)
-    n_experts = k.take("n_routed_experts", _positive)
+    n_experts = k.take("n_routed_experts", _count)
     k.must_be("num_local_experts", n_experts)
     moe = Moe(
         n_experts=n_experts,
         n_shared=k.take("n_shared_experts", _natural_or_none) or 0,
         top_k=k.take("num_experts_per_tok", _positive),
         ffn=k.take("moe_intermediate_size", _positive),
-        n_groups=k.take("n_group", _positive_or_none, None) or 1,
-        top_groups=k.take("topk_group", _positive_or_none, None) or 1,
+        n_groups=(n_groups := k.take("n_group", _positive_or_none) or 1),
+        top_groups=k.take("topk_group", _positive if n_groups > 1 else _positive_or_none) or 1,
         route_scale=k.take("routed_scaling_factor", _positive_float),
         norm_weights=k.take("norm_topk_prob", _bool),
     )
     interleaved = k.take("rope_interleave", _bool, True)
-    n_layers = k.take("num_hidden_layers", _positive)
+    n_layers = k.take("num_hidden_layers", _count)
     n_dense = min(k.take("first_k_dense_replace", _natural), n_layers)
     return _model(
         k,
@@ -140,6 +143,7 @@ def _deepseek(k: _Keys, architecture: str, eos_ids: tuple[int, ...]) -> ModelSpe
 def _llama(k: _Keys, architecture: str, eos_ids: tuple[int, ...]) -> ModelSpec:
     k.must_be("attention_bias", False)
     k.must_be("mlp_bias", False)
+    k.must_be("rope_interleaved", False)
     return _dense(k, architecture, eos_ids, qkv_bias=False)
 
 
@@ -154,10 +158,10 @@ def _qwen2(k: _Keys, architecture: str, eos_ids: tuple[int, ...]) -> ModelSpec:
 
 def _dense(k: _Keys, architecture: str, eos_ids: tuple[int, ...], *, qkv_bias: bool) -> ModelSpec:
     n_heads = k.take("num_attention_heads", _positive)
-    n_kv_heads = k.take("num_key_value_heads", _positive_or_none, None) or n_heads
+    n_kv_heads = k.take("num_key_value_heads", _positive_or_none) or n_heads
     dim = k.left.get("hidden_size")
     head_dim = k.take("head_dim", _positive_or_none, None) or (dim // n_heads if isinstance(dim, int) else 2)
-    n_layers = k.take("num_hidden_layers", _positive)
+    n_layers = k.take("num_hidden_layers", _count)
     attention = Gqa(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, qkv_bias=qkv_bias)
     return _model(
         k,
@@ -208,11 +212,10 @@ def _model(
 
 def _dtype(k: _Keys) -> Dtype:
     """transformers 4 writes `torch_dtype`, transformers 5 writes `dtype`; float32 is what both mean by neither."""
-    old, new = k.take("torch_dtype", _any, None), k.take("dtype", _any, None)
-    value = new or old or "float32"
-    if value not in ("bfloat16", "float16", "float32"):
-        raise BadConfig(f"{k.where}: key 'torch_dtype' is {value!r}; bfloat16, float16 and float32 can be served")
-    return cast(Dtype, value)
+    old, new = k.take("torch_dtype", _dtype_or_none, None), k.take("dtype", _dtype_or_none, None)
+    if old and new and old != new:
+        raise BadConfig(f"{k.where}: 'torch_dtype' is {old} but 'dtype' is {new}; keep one")
+    return cast(Dtype, new or old or "float32")
 
 
 def _block_scale(k: _Keys) -> tuple[int, int] | None:
@@ -220,7 +223,8 @@ def _block_scale(k: _Keys) -> tuple[int, int] | None:
     if quant is None:
         return None
     q = _Keys(quant, f"{k.where}: quantization_config")
-    q.must_be("quant_method", "fp8")
+    if (method := q.take("quant_method", str)) != "fp8":
+        raise BadConfig(f"{q.where}: key 'quant_method' is '{method}'; only fp8 can be served")
     q.must_be("fmt", "e4m3")
     q.must_be("activation_scheme", "dynamic")  # activations are not quantised here: weights are dequantised at load
     q.must_be("scale_fmt", "ue8m0", "float", None)
@@ -242,9 +246,10 @@ def _rope(k: _Keys, dim: int, interleaved: bool) -> Rope:
     if theta is None:
         raise BadConfig(f"{k.where}: key 'rope_theta' is missing; it has no default")
     r.must_be("partial_rotary_factor", 1.0, None)
-    kind = r.take("rope_type", str, None)
-    kind = r.take("type", str, None) or kind or "default"  # older files say "type", some say both
-    scaling = _scaling(r, kind)
+    new_name, old_name = r.take("rope_type", str, None), r.take("type", str, None)  # older files say "type", some both
+    if new_name and old_name and new_name != old_name:
+        raise BadConfig(f"{r.where}: 'rope_type' is {new_name} but 'type' is {old_name}; keep one")
+    scaling = _scaling(r, new_name or old_name or "default")
     r.finish()
     return Rope(dim=dim, theta=theta, interleaved=interleaved, scaling=scaling)
 
@@ -264,22 +269,27 @@ def _scaling(r: _Keys, kind: str) -> Yarn | Llama3Rope | None:
             mscale_all_dim=r.take("mscale_all_dim", _natural_float, 0.0),
         )
     if kind == "llama3":
-        return Llama3Rope(
+        llama3 = Llama3Rope(
             factor=r.take("factor", _positive_float),
             low_freq_factor=r.take("low_freq_factor", _positive_float),
             high_freq_factor=r.take("high_freq_factor", _positive_float),
             original_context=r.take("original_max_position_embeddings", _positive),
         )
+        if llama3.low_freq_factor >= llama3.high_freq_factor:
+            raise BadConfig(f"{r.where}: low_freq_factor must be less than high_freq_factor")
+        return llama3
     raise BadConfig(f"{r.where}: rope type '{kind}' is not supported; supported: default, yarn, llama3")
 
 
 def _check(s: ModelSpec, where: str) -> None:
     """Numbers that must fit each other."""
+    if any(e >= s.vocab for e in s.eos_ids):
+        raise BadConfig(f"{where}: eos_token_id {list(s.eos_ids)} holds a token beyond vocab_size {s.vocab}")
     if isinstance(s.attention, Gqa):
         if s.attention.n_heads % s.attention.n_kv_heads:
             raise BadConfig(f"{where}: num_attention_heads must be a multiple of num_key_value_heads")
-        if s.rope.dim % 2:
-            raise BadConfig(f"{where}: head_dim must be even, not {s.rope.dim}")
+        if s.rope.dim % 2 or not s.rope.dim:
+            raise BadConfig(f"{where}: head_dim (hidden_size / num_attention_heads) must be even, not {s.rope.dim}")
     m = s.moe
     if m is None:
         return
@@ -320,6 +330,19 @@ def _positive(v: Any) -> int:
     return int(v)
 
 
+def _count(v: Any) -> int:
+    """Of things that are listed one by one: a bound keeps a wrong number from filling the memory."""
+    if _positive(v) > 1 << 16:
+        raise ValueError(f"it must be at most {1 << 16}")
+    return int(v)
+
+
+def _dtype_or_none(v: Any) -> str | None:
+    if v is not None and v not in ("bfloat16", "float16", "float32"):
+        raise ValueError("it must be bfloat16, float16 or float32")
+    return cast(str | None, v)
+
+
 def _positive_or_none(v: Any) -> int | None:
     return None if v is None else _positive(v)
 
@@ -331,8 +354,8 @@ def _even(v: Any) -> int:
 
 
 def _natural_float(v: Any) -> float:
-    if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v < float("inf"):
-        raise ValueError("it must be a finite number, 0 or more")
+    if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v <= 1e30:
+        raise ValueError("it must be a number from 0 to 1e30")
     return float(v)
 
 
