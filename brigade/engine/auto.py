@@ -1,12 +1,11 @@
 """What "auto" becomes: pure functions from what the machine and the model are to a value and the reason for it."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
 from brigade.engine.config import EngineConfig
+from brigade.engine.machine import read_limits, usable_cores
 from brigade.spec.model import ModelSpec
 from brigade.spec.params import active, count
 
@@ -36,8 +35,13 @@ class Resolved:
 
 
 def this_machine() -> Machine:
-    """Cores this process may run on, and memory it may still take (within its control group)."""
-    return Machine(len(os.sched_getaffinity(0)), min(psutil.virtual_memory().available, _cgroup_free()))
+    """Cores this process may run on, and memory it may still take within its control group."""
+    limits = read_limits()
+    cores = usable_cores() if limits.cores is None else min(usable_cores(), max(1, int(limits.cores)))
+    free = psutil.virtual_memory().available
+    if limits.memory is not None:
+        free = min(free, max(limits.memory - limits.memory_used, 0))
+    return Machine(cores, free)
 
 
 def dtype(config: EngineConfig, spec: ModelSpec, machine: Machine) -> tuple[str, str]:
@@ -82,13 +86,3 @@ def _threads(config: EngineConfig, spec: ModelSpec, machine: Machine) -> tuple[i
     if active(spec) < SMALL_MODEL:
         return 1, "threads 1: the model is so small that handing work to a second thread costs more than it saves"
     return machine.cores, f"threads {machine.cores}, all cores this process may use"
-
-
-def _cgroup_free() -> int:
-    """Memory left in this process's control group (v2), or a huge number where there is no limit."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
-    except OSError:
-        return 1 << 62
-    return 1 << 62 if limit == "max" else max(int(limit) - int(used), 0)

@@ -109,7 +109,7 @@ class Loop:
         return Stats(self.n_steps, len(s.running), len(s.waiting), s.pool.n_pages - s.pool.n_free, s.n_preempted)
 
     def _add(self, m: Add) -> None:
-        req = Request(m.rid, list(m.prompt), m.params.max_tokens, stop_ids(self.worker.spec, m.params), m.salt)
+        req = Request(m.rid, m.prompt, m.params.max_tokens, stop_ids(self.worker.spec, m.params), m.salt)
         try:
             self.scheduler.add(req)
         except ValueError as e:

@@ -29,7 +29,7 @@ class Tokenizer:
         added = content.get("added_tokens") or []
         try:
             self.control = {str(t["content"]): int(t["id"]) for t in added if str(t["content"]).strip()}
-            self._full = HfTokenizer.from_str(json.dumps(content))
+            self._full = HfTokenizer.from_str(json.dumps({**content, "added_tokens": _as_written(added)}))
             self._plain = HfTokenizer.from_str(json.dumps({**content, "added_tokens": _all_special(added)}))
         except Exception as e:  # the library raises plain Exception for every malformed file
             raise BadConfig(f"{path}: the tokenizer cannot be read ({e}); download the file again") from e
@@ -133,6 +133,11 @@ def _split(text: str, marks: Mapping[str, str]) -> list[tuple[str, str]]:
             piece_start = i + 1
     out.append((text[piece_start:], ""))
     return out
+
+
+def _as_written(added: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Control tokens match exact text alone: after a normalizer, look-alikes in a user's text could match too."""
+    return [{**t, "normalized": t.get("normalized", False) and not str(t["content"]).strip()} for t in added]
 
 
 def _all_special(added: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,231 @@
+"""From messages to tokens by the checkpoint's own chat template, sandboxed. User text never becomes a control token.
+
+1. In every text a user gave, control-token text is replaced by one-character marks that occur nowhere else.
+2. The template renders the messages; it sees marks as ordinary characters.
+3. The tokenizer reads control tokens in the rendered text and puts the marked texts back as plain text.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from brigade.engine.output import BadRequest
+from brigade.engine.tokenizer import THINK, Tokenizer
+from brigade.serve.config import ConfigError
+from brigade.serve.schema import Message
+
+CHARS_PER_TOKEN = 16
+"""More characters than this for each position of the context cannot be a prompt that fits (text has 3 to 5), so they
+are refused before the template or the tokenizer spends time on them."""
+_PRIVATE = range(0x100000, 0x10FFFE)
+"""Plane 16: no character is assigned there, so text has none unless someone put it there on purpose."""
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+# What a template's expression can raise on values it does not expect, `{{ x + 1 }}` with a string for instance.
+_TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A chat ready to be continued."""
+
+    tokens: list[int]
+    in_reasoning: bool
+    """The prompt ends with an open <think>."""
+
+
+class ChatTemplate:
+    """A checkpoint's chat template. Raises ConfigError, naming the file, if it cannot be parsed."""
+
+    def __init__(self, source: str, where: str, tokenizer: Tokenizer, max_context: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_chars = CHARS_PER_TOKEN * max_context
+        self._source = source
+        self.reasons = THINK[1] in source
+        """Whether answers of this model hold <think>...</think>."""
+        self._names = {name: text for name in _SPECIAL if (text := tokenizer.special(name)) is not None}
+        self._marker = Marker(tokenizer.control)
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as e:
+            raise ConfigError(f"{where}: line {e.lineno} of the chat template: {e.message}") from e
+
+    def prompt(self, messages: Sequence[Message], extra: Mapping[str, Any]) -> Prompt:
+        """Tokens of a chat, up to where the assistant's answer begins. Raises BadRequest.
+
+        Takes time in proportion to the text, which is bounded: call it off the event loop.
+        """
+        refuse_huge(sum(len(m.text()) + len(m.reasoning_content or "") for m in messages), self._max_chars)
+        marks = self._marker.marks(_texts(messages, extra), self._source)
+        turns = [_turn(m, marks) for m in messages]
+        values = {k: marks.put(v) if isinstance(v, str) else v for k, v in extra.items()}
+        rendered = self._render({**values, **self._names, "messages": turns})
+        return Prompt(
+            self._tokenizer.encode_chat(rendered, marks.literal),
+            in_reasoning=self.reasons and rendered.rstrip().endswith(THINK[0]),
+        )
+
+    def _render(self, values: dict[str, Any]) -> str:
+        pieces, n_chars = [], 0
+        always = {"add_generation_prompt": True, "tools": None, "documents": None}
+        try:
+            for piece in self._template.generate({**values, **always}):
+                n_chars += len(piece)
+                refuse_huge(n_chars, self._max_chars)
+                pieces.append(piece)
+        except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as e:
+            raise BadRequest(
+                f"the model's chat template refuses these messages: {str(e)[:500]}", "messages", "chat_template"
+            ) from e
+        return "".join(pieces)
+
+
+def load_template(folder: Path, tokenizer: Tokenizer, max_context: int) -> ChatTemplate | None:
+    """The chat template of the checkpoint in `folder`, or None if it has none. Raises ConfigError."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        try:
+            source = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{file}: cannot be read ({e})") from e
+        return ChatTemplate(source, str(file), tokenizer, max_context)
+    where = str(folder / "tokenizer_config.json")
+    found = tokenizer.config.get("chat_template")
+    if isinstance(found, list):
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default")
+        if found is None:
+            raise ConfigError(f"{where}: chat_template is a list without a template named default")
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise ConfigError(f"{where}: chat_template must be a string or a list, not {type(found).__name__}")
+    return ChatTemplate(found, where, tokenizer, max_context)
+
+
+def refuse_huge(n_chars: int, max_chars: int) -> None:
+    """Raise BadRequest if a prompt of so many characters cannot fit into the context."""
+    if n_chars > max_chars:
+        raise BadRequest(
+            f"the prompt has at least {n_chars} characters; the context of {max_chars // CHARS_PER_TOKEN} tokens "
+            f"cannot hold more than {max_chars}",
+            code="context_length_exceeded",
+        )
+
+
+class Marks:
+    """The marks of one request: `literal` says which text each one stands for."""
+
+    def __init__(self, pattern: re.Pattern[str], heads: frozenset[str], free: Iterable[str]) -> None:
+        self._pattern = pattern
+        self._heads = heads
+        self._longest = max(map(len, heads), default=0)
+        self._free = iter(free)
+        self._mark_of: dict[str, str] = {}
+
+    @property
+    def literal(self) -> dict[str, str]:
+        return {mark: text for text, mark in self._mark_of.items()}
+
+    def put(self, text: str, keep: Sequence[str] = ()) -> str:
+        """`text` with a mark for each control-token text, but for those in `keep`."""
+        out = self._pattern.sub(lambda found: found[0] if found[0] in keep else self._mark(found[0]), text)
+        # Two texts side by side in the prompt must not join to a control token either: mark what could begin one.
+        bare = out.rstrip()
+        head = next((bare[-k:] for k in range(self._longest, 0, -1) if bare[-k:] in self._heads), "")
+        return bare.removesuffix(head) + self._mark(head) + out[len(bare) :] if head else out
+
+    def _mark(self, text: str) -> str:
+        if text not in self._mark_of:
+            self._mark_of[text] = next(self._free)
+        return self._mark_of[text]
+
+
+class Marker:
+    """Finds control-token text, the longest first, in time that does not grow with the number of control tokens."""
+
+    def __init__(self, control: Iterable[str]) -> None:
+        texts = sorted(control, key=len, reverse=True)
+        self._pattern = re.compile(_trie_pattern(texts) if texts else r"(?!)")
+        self._heads = frozenset(text[:k] for text in texts for k in range(1, len(text))) - set(texts)
+
+    def marks(self, texts: Iterable[str], template: str) -> Marks:
+        """Marks for one request: private characters that are in none of `texts` nor in the template."""
+        used = set(template).union(*texts)
+        return Marks(self._pattern, self._heads, (chr(code) for code in _PRIVATE if chr(code) not in used))
+
+
+def _trie_pattern(texts: Iterable[str]) -> str:
+    trie: dict[str, Any] = {}
+    for text in texts:
+        node = trie
+        for ch in text:
+            node = node.setdefault(ch, {})
+        node[""] = {}
+    return _branch(trie)
+
+
+def _branch(node: dict[str, Any]) -> str:
+    """Every text of a trie node as a regular expression; greedy, so that the longest wins."""
+    out = ""
+    while len(node) == 1 and "" not in node:
+        ch, node = next(iter(node.items()))
+        out += re.escape(ch)
+    choices = [re.escape(ch) + _branch(child) for ch, child in node.items() if ch]
+    if not choices:
+        return out
+    return f"{out}(?:{'|'.join(choices)}){'?' if '' in node else ''}"
+
+
+def _texts(messages: Sequence[Message], extra: Mapping[str, Any]) -> list[str]:
+    texts = [m.text() for m in messages]
+    texts += [m.reasoning_content for m in messages if m.reasoning_content]
+    return texts + [value for value in extra.values() if isinstance(value, str)]
+
+
+def _turn(message: Message, marks: Marks) -> dict[str, str]:
+    # Templates cut the reasoning out of earlier answers, so they must be able to see its tags.
+    keep = THINK if message.role == "assistant" else ()
+    role = "system" if message.role == "developer" else message.role
+    turn = {"role": role, "content": marks.put(message.text(), keep)}
+    if message.reasoning_content is not None:
+        turn["reasoning_content"] = marks.put(message.reasoning_content)
+    return turn
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
+    )
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise
+    env.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return env
+
+
+def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+    # Jinja's own escapes HTML characters, which models have not seen in training.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class _GenerationBlock(Extension):
+    """{% generation %} marks the assistant's words for training; when serving it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - declared so by Jinja
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -1,0 +1,121 @@
+"""What Prometheus may know: times and counts heard as an Observer, the engine's state read at each scrape.
+
+Names follow vLLM's, with the prefix brigade_, so that dashboards need little change. Own registry, nothing global.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from brigade.engine.output import Timings
+
+if TYPE_CHECKING:
+    from brigade.engine.client import Engine
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_FIRST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
+_WHOLE_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+_FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+class Metrics:
+    """The Observer that an engine is started with; `watch` adds the engine's own numbers."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._ttft = Histogram(
+            "brigade_time_to_first_token_seconds",
+            "Time from submission to the first token.",
+            buckets=_FIRST_SECONDS,
+            registry=registry,
+        )
+        self._tpot = Histogram(
+            "brigade_time_per_output_token_seconds",
+            "Mean time per output token after the first, one value a request.",
+            buckets=_TOKEN_SECONDS,
+            registry=registry,
+        )
+        self._itl = Histogram(
+            "brigade_inter_token_latency_seconds",
+            "Time between two tokens of a request.",
+            buckets=_TOKEN_SECONDS,
+            registry=registry,
+        )
+        self._e2e = Histogram(
+            "brigade_e2e_request_latency_seconds",
+            "Time from submission to the last token of requests that came to their end.",
+            buckets=_WHOLE_SECONDS,
+            registry=registry,
+        )
+        self._prompt = Counter("brigade_prompt_tokens", "Prompt tokens, cached ones included.", registry=registry)
+        self._cached = Counter(
+            "brigade_cached_prompt_tokens", "Prompt tokens found in the prefix cache.", registry=registry
+        )
+        self._generated = Counter("brigade_generation_tokens", "Tokens generated.", registry=registry)
+        self._finished = Counter(
+            "brigade_request_finished", "Requests that ended, by reason.", ["reason"], registry=registry
+        )
+        self._restarts = Counter("brigade_worker_restarts", "Times the worker was replaced.", registry=registry)
+        for reason in _FINISH_REASONS:  # so that rates are 0 and not missing before the first one
+            self._finished.labels(reason)
+
+    # Observer
+
+    def first_token(self, seconds: float, n_prompt: int, n_cached: int) -> None:
+        """A request's first token came, `seconds` after it was submitted."""
+        self._ttft.observe(seconds)
+        self._prompt.inc(n_prompt)
+        self._cached.inc(n_cached)
+        self._generated.inc()
+
+    def next_token(self, seconds: float) -> None:
+        """A further token came, `seconds` after the one before."""
+        self._itl.observe(seconds)
+        self._generated.inc()
+
+    def finished(self, timings: Timings, reason: str) -> None:
+        """A request ended. Times of those cut short would only blur the distributions."""
+        self._finished.labels(reason).inc()
+        if reason not in ("stop", "length"):
+            return
+        self._e2e.observe(timings.total)
+        if timings.n_tokens > 1:
+            self._tpot.observe(timings.tpot)
+
+    def restarted(self) -> None:
+        """The worker died and is being replaced."""
+        self._restarts.inc()
+
+    # For the server
+
+    def watch(self, engine: "Engine") -> None:
+        """Read this engine's state at every scrape. Call once."""
+        self._registry.register(_EngineState(engine))
+
+    def scrape(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineState(Collector):
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats, ready = self._engine.stats(), self._engine.ready
+        gauges = (
+            ("num_requests_running", "Requests in the running batch.", stats.running),
+            ("num_requests_waiting", "Requests waiting for their first step.", stats.waiting),
+            ("kv_cache_usage_ratio", "Share of KV cache pages in use, 0 to 1.", stats.pages_used / ready.n_pages),
+            ("engine_ready", "1 while the engine can answer, else 0.", float(self._engine.health().ready)),
+        )
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(f"brigade_{name}", text, value=value)
+        # These start again from 0 with a new worker, which Prometheus' rate() understands.
+        yield CounterMetricFamily("brigade_num_preemptions", "Requests preempted.", value=stats.n_preempted)
+        yield CounterMetricFamily("brigade_steps", "Steps run.", value=stats.n_steps)

@@ -1,0 +1,180 @@
+"""The routes: what happens to each request, from its body to its answer. Wording and shapes stand elsewhere."""
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import msgspec
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+
+from brigade.engine.output import BadRequest
+from brigade.serve.answer import Answer, Life, while_wanted
+from brigade.serve.body import BodyReader
+from brigade.serve.chat_template import CHARS_PER_TOKEN, ChatTemplate, Prompt, refuse_huge
+from brigade.serve.config import ServeConfig
+from brigade.serve.errors import ApiError, ClientGone
+from brigade.serve.formats import ChatFormat, CompletionFormat, Format, Heading
+from brigade.serve.metrics import CONTENT_TYPE, Metrics
+from brigade.serve.replies import Model, ModelList, Status
+from brigade.serve.sampling import Sampling
+from brigade.serve.schema import ChatRequest, CompletionRequest, GenerationRequest, R, parse
+from brigade.serve.stream import EventStream
+from brigade.spec.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from brigade.engine.client import Engine
+
+
+class Routes:
+    """Handlers of all routes, over one engine."""
+
+    def __init__(
+        self,
+        engine: "Engine",
+        config: ServeConfig,
+        metrics: Metrics,
+        life: Life,
+        sampling: Sampling,
+        template: ChatTemplate | None,
+    ) -> None:
+        self._engine, self._config, self._metrics, self._life = engine, config, metrics, life
+        self._sampling, self._template = sampling, template
+        self._bodies = BodyReader(config.limits)
+        self._created = int(time.time())
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        asked = await self._read(ChatRequest, request)
+        if self._template is None:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", code="no_chat_template")
+        params = self._sampling.chat(asked)
+        prompt = await asyncio.to_thread(self._template.prompt, asked.messages, asked.chat_template_kwargs or {})
+        if asked.max_tokens is None and asked.max_completion_tokens is None:
+            params = replace(params, max_tokens=self._room(prompt.tokens))
+        answer = await self._start(request, asked, [prompt.tokens], [params])
+        return await self._reply(request, asked, answer, self._chat_format(asked, prompt, params))
+
+    async def completion(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        asked = await self._read(CompletionRequest, request)
+        params = self._sampling.completion(asked)
+        prompts, echoes = await asyncio.to_thread(self._prompts, asked)
+        each = [self._within_room(asked, prompt, params) for prompt in prompts]
+        answer = await self._start(request, asked, prompts, each)
+        heading = self._heading("cmpl-", asked)
+        per_choice = [echo for echo in echoes for _ in range(params.n)]
+        form = CompletionFormat(heading, self._engine.tokenizer, per_choice, asked.logprobs)
+        return await self._reply(request, asked, answer, form)
+
+    async def models(self) -> Response:
+        """GET /v1/models"""
+        return _json(ModelList(object="list", data=[self._model()]))
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{model}"""
+        self._check_model(request.path_params["model"])
+        return _json(self._model())
+
+    async def health(self) -> Response:
+        """GET /health: the process is alive."""
+        return _json(Status(status="ok"))
+
+    async def ready(self) -> Response:
+        """GET /ready: requests will be answered now."""
+        health = self._engine.health()
+        if self._life.draining:
+            raise ApiError(503, "shutting down", code="not_ready")
+        if not health.ready:
+            raise ApiError(503, health.reason, code="not_ready")
+        return _json(Status(status="ready"))
+
+    async def metrics(self) -> Response:
+        """GET /metrics"""
+        return Response(self._metrics.scrape(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _read(self, kind: type[R], request: Request) -> R:
+        try:
+            body = await self._bodies.read(request)
+        except ClientDisconnect:
+            raise ClientGone from None
+        # A body of megabytes takes long enough to parse for other streams to notice.
+        asked = await asyncio.to_thread(parse, kind, body)
+        self._check_model(asked.model)
+        return asked
+
+    def _check_model(self, name: str) -> None:
+        if name != self._config.served_name:
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} is not served here; this server has {self._config.served_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _room(self, prompt: list[int]) -> int:
+        # At least 1, so that the engine, not we, says why a prompt that fills the context cannot be served.
+        return max(1, self._engine.ready.max_context - len(prompt))
+
+    def _within_room(self, asked: CompletionRequest, prompt: list[int], params: SamplingParams) -> SamplingParams:
+        if asked.max_tokens is not None:
+            return params
+        return replace(params, max_tokens=min(params.max_tokens, self._room(prompt)))
+
+    def _prompts(self, asked: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+        """Tokens of each prompt, and the text to repeat before its answers."""
+        prompts: list[list[int]] = []
+        echoes: list[str] = []
+        max_chars = CHARS_PER_TOKEN * self._engine.ready.max_context
+        for prompt in asked.prompts():
+            if isinstance(prompt, str):
+                refuse_huge(len(prompt), max_chars)
+                tokens, text = self._engine.tokenizer.encode(prompt), prompt
+            else:
+                wrong = next((t for t in prompt if t >= self._sampling.vocab), None)
+                if wrong is not None:
+                    raise BadRequest(f"the model has no token {wrong}", "prompt", "invalid_value")
+                tokens, text = prompt, self._engine.tokenizer.decode(prompt) if asked.echo else ""
+            if not tokens:
+                raise BadRequest("the prompt is empty; give at least one token", "prompt", "invalid_value")
+            prompts.append(tokens)
+            echoes.append(text if asked.echo else "")
+        return prompts, echoes
+
+    def _chat_format(self, asked: ChatRequest, prompt: Prompt, params: SamplingParams) -> ChatFormat:
+        assert self._template is not None
+        in_reasoning = prompt.in_reasoning if self._template.reasons else None
+        heading = self._heading("chatcmpl-", asked)
+        return ChatFormat(heading, self._engine.tokenizer, params.n, in_reasoning, logprobs=bool(asked.logprobs))
+
+    def _heading(self, prefix: str, asked: GenerationRequest) -> Heading:
+        return Heading(self._config.served_name, prefix, with_usage=asked.wants_usage_event)
+
+    async def _start(
+        self, request: Request, asked: GenerationRequest, prompts: list[list[int]], params: list[SamplingParams]
+    ) -> Answer:
+        starting = Answer.start(self._engine, prompts, params, asked.cache_salt or "")
+        return await while_wanted(starting, request.receive, self._life)
+
+    async def _reply(self, request: Request, asked: GenerationRequest, answer: Answer, form: Format) -> Response:
+        if asked.stream:
+            return EventStream(answer, form, asked.wants_usage_event, self._life)
+        try:
+            await while_wanted(answer.finish(), request.receive, self._life)
+        finally:
+            answer.cancel()
+        return _json(form.whole(answer))
+
+    def _model(self) -> Model:
+        return Model(
+            id=self._config.served_name,
+            object="model",
+            created=self._created,
+            owned_by="brigade",
+            max_model_len=self._engine.ready.max_context,
+        )
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
