@@ -1,0 +1,217 @@
+"""`brigade serve`: starts the engine, then the server. Settings are checked by their own classes, not here.
+
+1. check every setting, so that a mistake shows before anything is loaded
+2. load the model with a progress bar; a model that cannot be loaded ends here, before any port opens
+3. serve until Ctrl-C or SIGTERM: the server lets running requests finish, then the engine ends, whatever happened
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from brigade.cli.fault import Fault, one_line
+from brigade.cli.machine import port_problem
+from brigade.cli.units import parse_size
+from brigade.engine.config import DEMO_MODEL, Dtype, EngineConfig
+from brigade.serve.config import ConfigError, ServeConfig
+
+if TYPE_CHECKING:
+    from brigade.engine.messages import Loading
+
+DEMO_NAME = "brigade-demo"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_ENGINE = EngineConfig()
+_SERVE = ServeConfig(served_name=DEMO_NAME)
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder with a Hugging Face checkpoint. Default: the bundled demo model.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs a key.")] = _SERVE.host,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = _SERVE.port,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="BRIGADE_API_KEY",
+            help="Key that clients must give. Prefer the variable: other users can see command lines.",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Model name for clients. Default: the folder's name.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = _ENGINE.dtype,
+    max_context: Annotated[
+        int, typer.Option(help="Positions a request may have; 0: the model's, or what fits into the cache.")
+    ] = _ENGINE.max_context,
+    kv_memory: Annotated[
+        str, typer.Option(help="Memory of the KV cache, like 512MiB or 2GiB. Default: a quarter of what is free.")
+    ] = "auto",
+    max_running: Annotated[int, typer.Option(help="Requests that run in one step.")] = _ENGINE.max_running,
+    max_waiting: Annotated[
+        int, typer.Option(help="Requests that may wait before new ones get 429.")
+    ] = _ENGINE.max_waiting,
+    max_step_tokens: Annotated[
+        int, typer.Option(help="Tokens a step may compute: the size of a prefill chunk.")
+    ] = _ENGINE.max_step_tokens,
+    depth: Annotated[int, typer.Option(help="Steps in flight; 2 plans one while another runs.")] = _ENGINE.depth,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: every core it may use.")] = _ENGINE.threads,
+    step_deadline: Annotated[
+        float, typer.Option(help="Seconds without progress after which the worker is replaced.")
+    ] = _ENGINE.step_deadline,
+    drain_seconds: Annotated[
+        float, typer.Option(help="Seconds that running requests may go on after Ctrl-C.")
+    ] = _SERVE.drain_seconds,
+    log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LOG_LEVELS)}.")] = "info",
+    until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
+) -> None:
+    """Serve a model with OpenAI's API. Ctrl-C lets running requests finish, then ends."""
+    if log_level not in LOG_LEVELS:
+        raise Fault(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {log_level}", 2)
+    try:
+        engine = EngineConfig(
+            model=model or str(DEMO_MODEL),
+            dtype=cast(Dtype, dtype),  # EngineConfig checks it
+            max_context=max_context,
+            kv_bytes=0 if kv_memory == "auto" else parse_size(kv_memory),
+            max_running=max_running,
+            max_waiting=max_waiting,
+            max_step_tokens=max_step_tokens,
+            depth=depth,
+            threads=threads,
+            step_deadline=step_deadline,
+        )
+        web = ServeConfig(
+            host=host,
+            port=port,
+            api_key=api_key,
+            served_name=served_name(model) if name is None else name,
+            drain_seconds=drain_seconds,
+        )
+        web.check()
+    except ValueError as e:
+        raise Fault(str(e), 2) from e
+    # The server says the same when it binds, but only after a model has been loaded for nothing.
+    if problem := port_problem(web.addresses()[0], port):
+        raise Fault(
+            f"cannot listen on {host} port {port} ({problem}); stop what uses it, or choose another with --port"
+        )
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if until_eof:
+        threading.Thread(target=_interrupt_at_eof, daemon=True).start()
+    _run(engine, web, log_level)
+
+
+def served_name(model: str | None) -> str:
+    """The name clients use for a model folder."""
+    if model is None or Path(model).resolve() == DEMO_MODEL.resolve():
+        return DEMO_NAME
+    return Path(model).resolve().name
+
+
+def _run(engine_config: EngineConfig, web: ServeConfig, log_level: str) -> None:
+    import uvloop
+
+    from brigade.engine.output import LoadError
+    from brigade.serve.server import PortInUse
+
+    heard: list[int] = []
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_load_and_serve(engine_config, web, log_level, heard))
+    except (LoadError, ConfigError) as e:  # ConfigError: the checkpoint's chat template or defaults
+        raise Fault(str(e), 2) from e
+    except PortInUse as e:
+        raise Fault(str(e)) from e
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + heard[0]) from None  # while loading: the server ends by itself
+
+
+async def _load_and_serve(engine_config: EngineConfig, web: ServeConfig, log_level: str, heard: list[int]) -> None:
+    from brigade.engine.client import Engine
+    from brigade.serve.metrics import Metrics
+    from brigade.serve.server import serve as serve_http
+
+    def announce(url: str) -> None:
+        sys.stdout.write(f"Brigade is ready at {url}\n")
+        sys.stdout.flush()
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            typer.echo(hint(url, web), err=True)
+
+    metrics = Metrics()
+    _cancel_at_signals(heard)
+    with _loading(engine_config.model) as progress:
+        engine = await Engine.start(engine_config, progress=progress, observer=metrics)
+    try:
+        if log_level in ("debug", "info"):
+            for note in engine.ready.notes:
+                typer.echo(f"brigade: {one_line(note)}", err=True)
+        await serve_http(engine, web, metrics, announce)
+    finally:
+        await engine.close()
+
+
+def _cancel_at_signals(heard: list[int]) -> None:
+    """SIGINT and SIGTERM cancel the current task, so that a half-started engine is closed, and are noted in `heard`.
+
+    The server replaces these handlers by its own. Python's own one for SIGINT would not do: it is absent where a shell
+    started this program in the background.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def cancel(number: int) -> None:
+        heard.append(number)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, cancel, number)
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[Callable[["Loading"], None]]:
+    """Shows bytes, rate and time left on a terminal, one line elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        typer.echo(f"brigade: loading {one_line(model)}", err=True)
+        yield lambda _: None
+        return
+    columns = (
+        TextColumn(f"loading {one_line(Path(model).name)}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task: Any = progress.add_task("loading", total=None)
+        yield lambda m: progress.update(task, completed=m.done, total=m.total)
+
+
+def hint(url: str, web: ServeConfig) -> str:
+    """A command that tries the server, to copy from the terminal. The key itself is not shown."""
+    key = ' -H "Authorization: Bearer $BRIGADE_API_KEY"' if web.api_key else ""
+    body = json.dumps({"model": web.served_name, "messages": [{"role": "user", "content": "Once upon a time"}]})
+    return (
+        f"Try it:  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
+        f"or:      brigade chat --url {url}        (Ctrl-C ends the server)"
+    )
+
+
+def _interrupt_at_eof() -> None:
+    """End as by Ctrl-C when standard input closes: the program that started this server is gone."""
+    # os.read, since a thread inside sys.stdin would hold its lock when the interpreter ends.
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,90 @@
+"""The `brigade` command: help, versions, and errors in one line with an exit code."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from brigade.cli import app
+
+
+def invoke(*args: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
+    result = CliRunner(env={"BRIGADE_API_KEY": None, **(env or {})}).invoke(app, list(args))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_version_names_brigade_python_and_torch() -> None:
+    code, out, _ = invoke("--version")
+    assert code == 0
+    assert out.startswith("brigade ")
+    assert f"torch {version('torch')})" in out
+    assert out.count("\n") == 1
+
+
+def test_python_dash_m_brigade_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "brigade", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == invoke("--version")[1]
+
+
+def test_help_lists_the_commands() -> None:
+    code, out, _ = invoke("--help")
+    assert code == 0
+    assert all(command in out for command in ("serve", "chat", "bench", "doctor"))
+
+
+def test_showing_help_imports_nothing_heavy() -> None:
+    heavy = ("torch", "httpx", "fastapi", "uvicorn", "psutil", "rich")
+    code = f"import sys, brigade.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "chat", "bench", "doctor"])
+def test_every_command_has_help_and_refuses_unknown_options(command: str) -> None:
+    assert invoke(command, "--help")[0] == 0
+    assert invoke(command, "--no-such-option")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["serve", "chat", "bench"])
+def test_help_says_that_command_lines_are_no_place_for_a_key(command: str) -> None:
+    out = " ".join(invoke(command, "--help")[1].replace("│", " ").split())
+    assert "other users can see command lines" in out
+    assert "BRIGADE_API_KEY" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--dtype", "int3"), "dtype must be auto, bfloat16, float16 or float32, not 'int3'"),
+        (("--kv-memory", "lots"), "'lots' is not a size; write it like 512MiB or 2GiB"),
+        (("--kv-memory", "2G"), "ambiguous"),
+        (("--max-running", "0"), "max_running must be between 1 and 4096, not 0"),
+        (("--max-step-tokens", "8"), "max_step_tokens must be at least max_running"),
+        (("--depth", "9"), "depth must be between 1 and 4"),
+        (("--step-deadline", "nan"), "step_deadline must be between"),
+        (("--port", "70000"), "port must be between 0 and 65535, not 70000"),
+        (("--drain-seconds", "-1"), "drain_seconds must be between"),
+        (("--host", "0.0.0.0"), "refusing to listen on 0.0.0.0 without an API key"),
+        (("--api-key", "short"), "the API key has 5 characters"),
+        (("--name", ""), "served model name is empty"),
+        (("--log-level", "loud"), "--log-level must be one of debug, info, warning, error, not loud"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_line_and_exit_2(args: tuple[str, ...], message: str) -> None:
+    code, out, err = invoke("serve", *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("brigade: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    code, out, err = invoke("serve", str(tmp_path / "gone"), "--port", "0")
+    assert (code, out) == (2, "")
+    assert "config.json" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("brigade: ")
+    assert "Traceback" not in err
