@@ -1,0 +1,109 @@
+"""What happens when things break: processes killed, clients gone, queues full, signals."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+
+from tests.end_to_end.running import Server, serving, until
+
+LONG = {"model": "brigade-demo", "prompt": "Once", "max_tokens": 1000, "ignore_eos": True}
+
+
+def metric(server: Server, name: str) -> float:
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"brigade_{name}"))
+
+
+def events(response: httpx.Response) -> list[str]:
+    return [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+
+
+def test_a_killed_worker_ends_streams_with_an_error_and_is_replaced() -> None:
+    with serving() as server:
+        got: list[str] = []
+        ended: list[float] = []
+
+        def read() -> None:
+            with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=30) as r:
+                got.extend(events(r))
+            ended.append(time.monotonic())
+
+        readers = [threading.Thread(target=read) for _ in range(3)]
+        for r in readers:
+            r.start()
+        until(lambda: metric(server, "num_requests_running") == 3, 10, "three running requests")
+        killed_at = time.monotonic()
+        server.worker.send_signal(signal.SIGKILL)
+        for r in readers:
+            r.join(10)
+        assert max(ended) - killed_at < 2
+        errors = [json.loads(e) for e in got if e != "[DONE]" and "error" in json.loads(e)]
+        assert len(errors) == 3
+        assert "[DONE]" not in got
+        answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 5}, timeout=30)
+        assert answer.status_code == 200
+        assert metric(server, "worker_restarts_total") == 1
+
+
+def test_a_frozen_worker_is_noticed_and_replaced() -> None:
+    with serving("--step-deadline", "2") as server:
+        server.worker.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        answer = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=30)
+        assert answer.status_code == 503
+        assert time.monotonic() - started < 5
+        until(lambda: httpx.get(f"{server.url}/ready").status_code == 200, 20, "ready again")
+
+
+def test_pages_come_back_when_clients_leave() -> None:
+    with serving() as server:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}) as stream:
+            next(stream.iter_lines())
+            assert metric(server, "kv_cache_usage_ratio") > 0
+        until(lambda: metric(server, "kv_cache_usage_ratio") == 0, 5, "all pages back")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=0.3)
+        until(lambda: metric(server, "kv_cache_usage_ratio") == 0, 5, "all pages back")
+        assert metric(server, "num_requests_running") == 0
+
+
+def test_a_full_queue_says_so_at_once() -> None:
+    with serving("--max-running", "1", "--max-waiting", "1") as server:
+        with (
+            httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=30),
+            httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=30),
+        ):
+            refused = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=5)
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        until(lambda: metric(server, "num_requests_running") == 0, 5, "an empty queue")
+        assert httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 2}, timeout=10).is_success
+
+
+def test_a_signal_lets_running_requests_finish_and_refuses_new_ones() -> None:
+    with serving() as server:
+        ask = {**LONG, "max_tokens": 400, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=ask, timeout=30) as running:
+            lines = running.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5, "not ready")
+            assert httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=5).status_code == 503
+            assert "data: [DONE]" in list(lines)
+        assert server.process.wait(10) == 0
+
+
+def test_the_worker_leaves_when_the_server_is_killed() -> None:
+    with serving() as server:
+        family = server.family()
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive
+        server.process.returncode = 0  # what the end of `serving` expects; this one was killed on purpose
