@@ -59,7 +59,7 @@ class Inbox(Generic[In]):
                 break
             try:
                 out.append(self._decode(memoryview(self._bytes)[at + _LENGTH : at + _LENGTH + n]))
-            except msgspec.MsgspecError as e:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
                 raise ChannelBroken(f"not a message: {e}") from e
             at += _LENGTH + n
         del self._bytes[:at]
@@ -72,6 +72,8 @@ class Channel(Generic[In]):
     def __init__(self, sock: socket.socket, kind: Any) -> None:
         sock.setblocking(True)
         self._sock, self._inbox = sock, Inbox[In](kind)
+        self._readable = select.poll()  # select() cannot watch file numbers beyond 1023
+        self._readable.register(sock, select.POLLIN)
 
     def send(self, *messages: Any) -> None:
         """Raises ChannelClosed if the other side is gone."""
@@ -85,7 +87,7 @@ class Channel(Generic[In]):
 
         May be empty when only part of a message came. Raises ChannelClosed.
         """
-        if not select.select([self._sock], [], [], timeout)[0]:
+        if not self._readable.poll(None if timeout is None else 1000 * timeout):
             return []
         try:
             data = self._sock.recv(1 << 20)

@@ -58,6 +58,10 @@ def resolve(config: EngineConfig, spec: ModelSpec, machine: Machine, dtype_name:
     """Everything else, once the weights are in memory. Raises ValueError if the cache cannot hold one request."""
     threads, threads_note = _threads(config, spec, machine)
     wanted = min(config.max_context or spec.context, spec.context)
+    if config.kv_bytes > machine.free_bytes:
+        raise ValueError(
+            f"kv_bytes (--kv-memory) is {config.kv_bytes}, but {machine.free_bytes} bytes are free after the weights"
+        )
     page_bytes = spec.n_layers * config.page * spec.kv_width * BYTES[dtype_name]
     pages_each = -(-wanted // config.page)
     budget = config.kv_bytes or machine.free_bytes // 4
@@ -75,6 +79,8 @@ def resolve(config: EngineConfig, spec: ModelSpec, machine: Machine, dtype_name:
         threads_note,
         f"KV cache {n_pages} pages of {config.page} tokens, {n_pages * page_bytes / GIB:.2f} GiB",
     ]
+    if config.max_context > spec.context:
+        notes.append(f"max_context {config.max_context} is more than the model's {spec.context}, which it is now")
     if max_context < wanted:
         notes.append(f"context {max_context} instead of {wanted}: that is what the KV cache holds")
     return Resolved(dtype_name, threads, n_pages, max_context, notes)

@@ -1,47 +1,29 @@
-"""The engine as its callers see it: owns the worker process, watches it, replaces it, and hands tokens to generations.
+"""The engine as its callers see it: owns a worker process, watches it, replaces it, hands tokens to generations.
 
-Life of the worker process:
-1. spawned with one end of a socket pair, told what to load; Loading... then Ready, or Failed.
-2. up: requests go out, steps come back, a ping every PING_EVERY seconds.
-3. lost: the socket closed (it died) or no step and no answer came for too long (it is stuck: it is killed). Every
-   generation in flight ends with Unavailable, and a new worker is spawned: at once, then after ever longer pauses.
-4. closed: the socket is closed, the process ends by itself or, after a deadline, is killed.
+Life of a worker process:
+1. started and told what to load; Loading... then Ready, or Failed.
+2. up: requests go out, steps come back, and it answers pings between steps.
+3. lost: the channel closed (it died), or nothing came from it for too long (it is stuck and gets killed). Every
+   generation in flight ends with Unavailable, and a new worker is started: at once, then after ever longer pauses.
+4. closed: the channel is closed; the process ends by itself or is killed.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from brigade.comm.channel import AsyncChannel, ChannelBroken, ChannelClosed
+from brigade.comm.channel import ChannelBroken, ChannelClosed
 from brigade.engine.config import EngineConfig
 from brigade.engine.generation import Generation
-from brigade.engine.messages import (
-    Abort,
-    Add,
-    Failed,
-    FromWorker,
-    Loading,
-    Ping,
-    Pong,
-    Ready,
-    Refused,
-    Start,
-    Stats,
-    Step,
-)
+from brigade.engine.messages import Abort, Add, FromWorker, Loading, Ping, Pong, Ready, Refused, Stats, Step
 from brigade.engine.output import BadRequest, Health, LoadError, Observer, QueueFull, Timings, Unavailable
+from brigade.engine.process import WorkerProcess
 from brigade.engine.tokenizer import Tokenizer
 from brigade.spec.config import BadConfig, read_json, read_spec
 from brigade.spec.sampling import SamplingParams
@@ -52,10 +34,9 @@ PING_EVERY = 0.5
 PING_DEADLINE = 5.0
 """An idle worker that has not answered for this many seconds is not ready."""
 READY_STEP_DEADLINE = 10.0
-"""A busy worker that has not finished a step for this many seconds is not ready (step_deadline later it is killed)."""
+"""A busy worker that has not finished a step for this many seconds is not ready."""
 RESTART_WAIT = 30.0
 """How long a new request waits for a worker that is being restarted."""
-CLOSE_DEADLINE = 5.0
 LONGEST_PAUSE = 30.0
 """Restarts of a worker that dies without having served are this many seconds apart at most."""
 
@@ -95,11 +76,10 @@ class Engine:
         self._generations: dict[int, Generation] = {}
         self._rids = itertools.count()
         self._stats = _IDLE
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: AsyncChannel[FromWorker] | None = None
+        self._worker: WorkerProcess | None = None
         self._up = asyncio.Event()
+        self._n_heard = 0
         self._heard = self._stepped = 0.0
-        self._served_since_start = False
         self._draining = self._closed = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -122,6 +102,8 @@ class Engine:
             await engine.close()
             raise
         engine._tasks = [asyncio.create_task(engine._keep_alive()), asyncio.create_task(engine._watch())]
+        for task in engine._tasks:
+            task.add_done_callback(engine._on_task_end)
         return engine
 
     async def submit(self, prompt: list[int], params: SamplingParams, salt: str = "") -> Generation:
@@ -130,7 +112,8 @@ class Engine:
         Raises BadRequest for values that cannot be served, QueueFull when too many requests wait, Unavailable when the
         worker is gone for longer than RESTART_WAIT or the engine is shutting down.
         """
-        self._check(prompt, params)
+        self.check(params)
+        self._check_prompt(prompt, params.max_tokens)
         self._refuse_if_ending()
         if len(self._generations) >= self.config.max_running + self.config.max_waiting:
             raise QueueFull(
@@ -142,14 +125,24 @@ class Engine:
         self._generations[generation.rid] = generation
         self._empty.clear()
         try:
-            channel = await self._reach_worker()
+            worker = await self._reach_worker()
+            if not self._stats.running and not self._stats.waiting:
+                self._stepped = time.monotonic()  # an idle worker makes no steps: count from now
+            worker.channel.send(Add(generation.rid, prompt, params, salt))
+        except (TypeError, UnicodeError) as e:
+            generation.cancel()
+            raise BadRequest(f"the request cannot be sent to the worker: {e}") from e
         except BaseException:
             generation.cancel()
             raise
-        if not self._stats.running and not self._stats.waiting:
-            self._stepped = time.monotonic()  # an idle worker makes no steps: count from now
-        channel.send(Add(generation.rid, prompt, params, salt))
         return generation
+
+    def check(self, params: SamplingParams) -> None:
+        """Raise BadRequest, naming the field, for parameters that this model cannot serve."""
+        try:
+            params.check(self.spec.vocab)
+        except ValueError as e:
+            raise BadRequest(str(e), param=str(e).split()[0]) from e
 
     def health(self) -> Health:
         """Ready while steps make progress, or while an idle worker answers its pings."""
@@ -175,7 +168,8 @@ class Engine:
     async def idle(self, deadline: float) -> bool:
         """Wait until nothing is in flight, at most `deadline` seconds; whether it is so."""
         try:
-            await asyncio.wait_for(self._empty.wait(), deadline)
+            if not self._empty.is_set():
+                await asyncio.wait_for(self._empty.wait(), deadline)
         except TimeoutError:
             return False
         return True
@@ -187,25 +181,24 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._drop_all("the engine was closed")
-        await self._bury()
+        self._up.set()  # wakes those who wait for a restart; they are told that the engine was closed
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.end()
 
-    def _check(self, prompt: list[int], params: SamplingParams) -> None:
-        try:
-            params.check(self.spec.vocab)
-        except ValueError as e:
-            raise BadRequest(str(e), param=str(e).split()[0]) from e
+    def _check_prompt(self, prompt: list[int], max_tokens: int) -> None:
         if not prompt:
             raise BadRequest("the prompt is empty; give at least one token", param="prompt")
-        if not all(0 <= t < self.spec.vocab for t in prompt):
-            raise BadRequest(f"prompt tokens must be between 0 and {self.spec.vocab - 1}", param="prompt")
         room = self.ready.max_context - len(prompt)
-        if room < 1 or params.max_tokens > room:
+        if room < 1 or max_tokens > room:
             raise BadRequest(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, but the context holds "
+                f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens}, but the context holds "
                 f"{self.ready.max_context} tokens; shorten the prompt or ask for fewer tokens",
                 param="prompt" if room < 1 else "max_tokens",
                 code="context_length_exceeded",
             )
+        if not all(type(t) is int and 0 <= t < self.spec.vocab for t in prompt):
+            raise BadRequest(f"prompt tokens must be whole numbers between 0 and {self.spec.vocab - 1}", param="prompt")
 
     def _refuse_if_ending(self) -> None:
         if self._closed:
@@ -213,75 +206,38 @@ class Engine:
         if self._draining:
             raise Unavailable("shutting down")
 
-    async def _reach_worker(self) -> "AsyncChannel[FromWorker]":
+    async def _reach_worker(self) -> WorkerProcess:
         try:
             await asyncio.wait_for(self._up.wait(), RESTART_WAIT)
         except TimeoutError:
             raise Unavailable(f"no worker: {self._failure}") from None
         self._refuse_if_ending()
-        if self._channel is None:
+        if self._worker is None:
             raise Unavailable(f"no worker: {self._failure}")
-        return self._channel
+        return self._worker
 
     def _on_end(self, generation: Generation, tell_worker: bool) -> None:
         self._generations.pop(generation.rid, None)
         if not self._generations:
             self._empty.set()
-        if tell_worker and self._channel is not None:
-            self._channel.send(Abort(generation.rid))
-
-    # The worker process
+        if tell_worker and self._worker is not None:
+            self._worker.channel.send(Abort(generation.rid))
 
     async def _spawn(self, progress: Callable[[Loading], None]) -> None:
         """Start a worker and wait until it is ready. Raises LoadError."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "brigade.engine.loop", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in a terminal reaches us alone; the worker ends when we close
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-                    # OpenMP's default is to spin while waiting: two threads then take turns on a core that anything
-                    # else also wants, and decoding was measured 30 times slower.
-                    "OMP_WAIT_POLICY": "PASSIVE",
-                },
-            )
-        channel: AsyncChannel[FromWorker] = await AsyncChannel.over(ours, FromWorker)
-        self._channel = channel
-        channel.send(Start(self.config))
-        try:
-            self.ready = await self._await_ready(channel, progress)
-        except (ChannelClosed, ChannelBroken) as e:
-            raise LoadError(f"the worker process ended while loading ({await self._cause_of_death()})") from e
+        self._worker = await WorkerProcess.start(self.config)
+        self.ready = await self._worker.ready(progress)
         self._heard = self._stepped = time.monotonic()
-        self._stats = _IDLE
-        self._served_since_start = False
         self._up.set()
 
-    async def _await_ready(self, channel: "AsyncChannel[FromWorker]", progress: Callable[[Loading], None]) -> Ready:
-        while True:
-            for message in await channel.receive():
-                match message:
-                    case Loading():
-                        progress(message)
-                    case Ready():
-                        return message
-                    case Failed(text):
-                        raise LoadError(text)
-                    case _:
-                        raise ChannelBroken(f"{type(message).__name__} before Ready")
-
     async def _keep_alive(self) -> None:
-        """Serve with one worker after another."""
+        """Serve with one worker after another. The first one is up already."""
         n_failed = 0
         while True:
             if self._up.is_set():
-                await self._serve_worker()
-                n_failed = 0 if self._served_since_start else n_failed + 1
-            await asyncio.sleep(min(0.5 * (2**n_failed - 1), LONGEST_PAUSE))
+                served = await self._serve_worker()
+                n_failed = 0 if served else n_failed + 1
+            await asyncio.sleep(min(0.5 * (2 ** min(n_failed, 10) - 1), LONGEST_PAUSE))
             self._observer.restarted()
             try:
                 await self._spawn(lambda _: None)
@@ -292,28 +248,32 @@ class Engine:
                 log.error(self._failure)
                 await self._bury()
 
-    async def _serve_worker(self) -> None:
-        """Hand messages out until the worker is lost."""
-        channel = self._channel
-        assert channel is not None
+    async def _serve_worker(self) -> bool:
+        """Hand messages out until the worker is lost; whether it finished any step."""
+        worker, served = self._worker, False
+        assert worker is not None
         try:
             while True:
-                for message in await channel.receive():
+                for message in await worker.channel.receive():
+                    served |= isinstance(message, Step)
                     self._take(message)
         except (ChannelClosed, ChannelBroken) as e:
             self._up.clear()
+            self._stats = _IDLE
             self._failure = f"the worker process was lost ({e}); it is being restarted"
             # Clients first: finding out why can take a moment.
             self._drop_all("the worker process was lost while it ran this request; it is being restarted, try again")
-        log.error("the worker process was lost: %s", await self._cause_of_death())
-        await self._bury()
+            if isinstance(e, ChannelBroken):
+                worker.kill()
+        log.error("the worker process was lost: %s", await self._bury())
+        return served
 
     def _take(self, message: FromWorker) -> None:
         self._heard = time.monotonic()
+        self._n_heard += 1
         match message:
             case Step(tokens, stats):
                 self._stepped = self._heard
-                self._served_since_start = True
                 self._stats = stats
                 for token in tokens:
                     if generation := self._generations.get(token.rid):
@@ -327,47 +287,42 @@ class Engine:
                 raise ChannelBroken(f"unexpected {type(message).__name__}")
 
     async def _watch(self) -> None:
-        """Ping the worker; kill it when it is stuck, so that nothing waits for it for ever."""
+        """Ping the worker; kill it when it is stuck, so that nothing waits for it for ever.
+
+        What counts are our own rounds in which nothing came, not the clock: after this process itself was paused, the
+        worker's answers lie unread and nobody is to blame.
+        """
+        pause = min(PING_EVERY, self.config.step_deadline / 4)
+        n_heard, n_silent = -1, 0
         for seq in itertools.count():
-            await asyncio.sleep(PING_EVERY)
-            if not self._up.is_set() or self._channel is None or self._process is None:
+            await asyncio.sleep(pause)
+            if not self._up.is_set() or self._worker is None:
                 continue
-            self._channel.send(Ping(seq))
-            silent = time.monotonic() - self._heard
-            if silent > self.config.step_deadline:
-                log.error("the worker has been silent for %.0f s; killing it", silent)
-                self._process.kill()
+            n_silent = n_silent + 1 if self._n_heard == n_heard else 0
+            n_heard = self._n_heard
+            if n_silent * pause > self.config.step_deadline:
+                log.error("nothing came from the worker for %.1f s; killing it", n_silent * pause)
+                self._worker.kill()
+                n_silent = 0
+            else:
+                self._worker.channel.send(Ping(seq))
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """A task that ends by itself is a bug: say so and let nobody wait."""
+        if task.cancelled() or self._closed:
+            return
+        log.critical("the engine failed", exc_info=task.exception())
+        self._closed = True
+        self._failure = "the engine failed; see the log, and restart the server"
+        self._drop_all(self._failure)
+        self._up.clear()
 
     def _drop_all(self, why: str) -> None:
         for generation in list(self._generations.values()):
             generation.fail(Unavailable(why))
 
-    async def _cause_of_death(self) -> str:
-        if self._process is None:
-            return "it was not started"
-        code = await _exit_code(self._process, CLOSE_DEADLINE)
-        if code is None:
-            return "it closed its channel but still runs"
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        return f"exit code {code}"
-
-    async def _bury(self) -> None:
-        """Close the channel and wait for the process to end; kill it if it does not."""
+    async def _bury(self) -> str:
+        """Part with the current worker; says how it ended."""
         self._up.clear()
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        process, self._process = self._process, None
-        if process is not None and await _exit_code(process, CLOSE_DEADLINE) is None:
-            process.kill()
-            await _exit_code(process, CLOSE_DEADLINE)
-
-
-async def _exit_code(process: "subprocess.Popen[bytes]", deadline: float) -> int | None:
-    """Exit code of a process, waiting up to `deadline` seconds for it; None if it still runs."""
-    end = time.monotonic() + deadline
-    while process.poll() is None and time.monotonic() < end:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.sleep(0.01)
-    return process.poll()
+        worker, self._worker = self._worker, None
+        return await worker.end() if worker is not None else "it was not started"

@@ -49,6 +49,9 @@ class EngineConfig:
             ("step_deadline", 0.1, 3600),
         ):
             value = getattr(self, name)
+            kinds = (int, float) if name == "step_deadline" else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(f"{name} must be a {'' if float in kinds else 'whole '}number, not {value!r}")
             if not low <= value <= high:
                 raise ValueError(f"{name} must be between {low} and {high}, not {value}")
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from brigade.engine.client import Engine
 from brigade.engine.config import DEMO_MODEL, EngineConfig
-from brigade.engine.output import Completion, QueueFull, TokenLogprob
+from brigade.engine.generation import Generation
+from brigade.engine.output import BadRequest, Completion, TokenLogprob
 from brigade.spec.sampling import SamplingParams
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ class Brigade:
 
     def __init__(self, model: str = str(DEMO_MODEL), **settings: Any) -> None:
         config = EngineConfig(model=str(model), **settings)
+        self._room = asyncio.Semaphore(config.max_running + config.max_waiting)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="brigade", daemon=True)
         self._thread.start()
@@ -64,17 +66,16 @@ class Brigade:
         tasks = []
         async with asyncio.TaskGroup() as group:
             for prompt, params in requests:
+                self.engine.check(params)
                 ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
                 tasks += [group.create_task(self._one(ids, choice)) for choice in params.choices()]
         return [t.result() for t in tasks]
 
     async def _one(self, ids: list[int], params: SamplingParams) -> Completion:
-        while True:
-            try:
-                generation = await self.engine.submit(ids, params)
-                break
-            except QueueFull:  # offline there is no client to tell: wait for room
-                await asyncio.sleep(0.05)
+        async with self._room:  # offline there is no client to turn away: wait for a place in the queue
+            return await self._finished(await self.engine.submit(ids, params))
+
+    async def _finished(self, generation: Generation) -> Completion:
         text, tokens, reason, n_cached = "", list[int](), "", 0
         logprobs: list[TokenLogprob] = []
         try:
@@ -85,9 +86,12 @@ class Brigade:
                 reason, n_cached = delta.finish_reason or "", delta.n_cached
         finally:
             generation.cancel()
-        return Completion(text, tokens, reason, generation.timings, len(ids), n_cached, logprobs)
+        return Completion(text, tokens, reason, generation.timings, generation.n_prompt, n_cached, logprobs)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this Brigade was closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -106,6 +110,8 @@ class Brigade:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and all(isinstance(p, int) for p in prompts):
-        return [[p for p in prompts if isinstance(p, int)]]
-    return [p for p in prompts if not isinstance(p, int)]
+    tokens = [p for p in prompts if isinstance(p, int)]
+    many = [p for p in prompts if not isinstance(p, int)]
+    if tokens and many:
+        raise BadRequest("prompts mixes texts or token lists with single tokens", param="prompt")
+    return [tokens] if tokens else many

@@ -17,9 +17,9 @@ class StopStrings:
         if self.hit is not None:
             return ""
         self._held += text
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, self.hit = min(found)
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:  # the one that is complete first, as if the text had come letter by letter
+            _, at, self.hit = min(found)
             out, self._held = self._held[:at], ""
             return out
         keep = max((self._overlap(stop) for stop in self._stops), default=0)

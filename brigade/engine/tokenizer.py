@@ -13,7 +13,9 @@ from brigade.spec.config import BadConfig, read_json
 
 THINK = ("<think>", "</think>")
 _HELD_TOKENS = 8
-"""Longest run of tokens that may form one character; more that still do not are shown as replacement characters."""
+"""Tokens held back while they do not end in a whole character; of more, the older ones are shown as what they are."""
+_PART_OF_CHARACTER = 3
+"""Tokens at the end that may still begin a character: of its four bytes at most, the last one is missing."""
 
 
 class Tokenizer:
@@ -42,7 +44,7 @@ class Tokenizer:
             self.config = read_json(folder / "tokenizer_config.json")
         self._hidden = {i for text, i in self.control.items() if text not in THINK}
 
-    @property
+    @cached_property
     def vocab(self) -> int:
         """Number of token ids, added tokens included."""
         return int(self._full.get_vocab_size(with_added_tokens=True))
@@ -84,6 +86,10 @@ class Tokenizer:
         """Text of tokens, control tokens left out (but `<think>` kept)."""
         return str(self._full.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False))
 
+    def has_text(self, token: int) -> bool:
+        """False for control tokens, which decode() leaves out, and for ids that no token has."""
+        return token not in self._hidden and token < self.vocab
+
     def token_text(self, token: int) -> str:
         """One token as text, control tokens shown, for log-probability lists."""
         return str(self._full.decode([token], skip_special_tokens=False))
@@ -98,7 +104,7 @@ class Detokenizer:
     """Turns a growing list of tokens into a growing text, holding back bytes that do not yet form a character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode = tokenizer.decode
+        self._decode, self._has_text = tokenizer.decode, tokenizer.has_text
         self._tokens: list[int] = []
         self._start = 0
         """First token of the window that is decoded: one stretch of shown text before the new tokens, since how a token
@@ -108,19 +114,23 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Text that became certain with this token, often empty."""
+        if not self._has_text(token):
+            return ""
         self._tokens.append(token)
-        return self._advance(final=len(self._tokens) - self._shown > _HELD_TOKENS)
+        if self._decode(self._tokens[self._start :]).endswith("�"):
+            n_held = len(self._tokens) - self._shown
+            return self._show(n_held - _PART_OF_CHARACTER) if n_held > _HELD_TOKENS else ""
+        return self._show(len(self._tokens) - self._shown)
 
     def flush(self) -> str:
         """What was held back, as replacement characters where bytes are missing."""
-        return self._advance(final=True)
+        return self._show(len(self._tokens) - self._shown)
 
-    def _advance(self, final: bool) -> str:
+    def _show(self, n: int) -> str:
+        """Give out the next n tokens' text."""
         before = self._decode(self._tokens[self._start : self._shown])
-        now = self._decode(self._tokens[self._start :])
-        if len(now) <= len(before) or (now.endswith("�") and not final):
-            return ""
-        self._start, self._shown = self._shown, len(self._tokens)
+        now = self._decode(self._tokens[self._start : self._shown + n])
+        self._start, self._shown = self._shown, self._shown + n
         return now[len(before) :]
 
 

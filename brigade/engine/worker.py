@@ -13,7 +13,7 @@ from brigade.model.batch import build
 from brigade.model.cache import KvCache
 from brigade.model.deepseek import DeepSeek
 from brigade.model.dense import Dense
-from brigade.model.sampling import Choice, History, choose
+from brigade.model.sampling import BROKEN, Choice, History, choose
 from brigade.model.weights import Checkpoint
 from brigade.spec.config import read_spec
 from brigade.spec.model import ModelSpec
@@ -63,8 +63,10 @@ class Worker:
     def warm_up(self) -> None:
         """Run one token, so that the first request does not pay for first-call set-up, and a broken model shows now."""
         self.add(-1, [0], SamplingParams(temperature=0))
-        self.run(StepPlan((Slice(-1, (0,), 0, (0,), True),)))
+        choice = self.run(StepPlan((Slice(-1, (0,), 0, (0,), True),)))[-1]
         self.forget(-1)
+        if choice.token == BROKEN:
+            raise ValueError("the model computes numbers that are not finite; try --dtype float32 or bfloat16")
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[int, Choice]:

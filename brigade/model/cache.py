@@ -11,9 +11,7 @@ class KvCache:
 
     def __init__(self, spec: ModelSpec, n_pages: int, page: int, dtype: torch.dtype) -> None:
         self.page = page
-        self.layers: Tensor = torch.zeros(spec.n_layers, n_pages, page, spec.kv_width, dtype=dtype)
-
-
-def page_bytes(spec: ModelSpec, page: int, dtype: torch.dtype) -> int:
-    """Memory of one page over all layers."""
-    return spec.n_layers * page * spec.kv_width * dtype.itemsize
+        try:
+            self.layers: Tensor = torch.zeros(spec.n_layers, n_pages, page, spec.kv_width, dtype=dtype)
+        except RuntimeError as e:  # torch has no type of its own for this on the CPU
+            raise MemoryError(f"no memory for a KV cache of {n_pages} pages (--kv-memory): {e}") from e

@@ -115,6 +115,8 @@ class Checkpoint:
             )
         dtype = self._dtype(name)
         if dtype in PLAIN_DTYPES:
+            if name + SCALE in self._file_of:
+                raise BadCheckpoint(f"{path}: tensor '{name}' has scales, but its type {dtype} is not {FP8}")
             return
         if dtype != FP8 or not scaled:
             raise BadCheckpoint(f"{path}: tensor '{name}' has type {dtype}, which cannot be served")
@@ -122,6 +124,8 @@ class Checkpoint:
         blocks = (-(-shape[0] // rows), -(-shape[1] // cols))
         if name + SCALE not in self._file_of:
             raise BadCheckpoint(f"{path}: tensor '{name}' is FP8 but its scales '{name + SCALE}' are missing")
+        if self._dtype(name + SCALE) not in PLAIN_DTYPES:
+            raise BadCheckpoint(f"{path}: scales '{name + SCALE}' have type {self._dtype(name + SCALE)}, not F32")
         if self._shape(name + SCALE) != blocks:
             raise BadCheckpoint(
                 f"{path}: scales '{name + SCALE}' have shape {list(self._shape(name + SCALE))}, not {list(blocks)}"

@@ -57,6 +57,13 @@ class SamplingParams:
             _count("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         if self.logprobs is not None:
             _count("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        for name in ("logit_bias", "stop_token_ids", "stop"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"{name} must be a tuple")
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.logit_bias):
+            raise ValueError("logit_bias must hold pairs of a token id and a number")
         if len(self.logit_bias) > 1024:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} entries; at most 1024 are allowed")
         for token, bias in self.logit_bias:
@@ -66,13 +73,16 @@ class SamplingParams:
             raise ValueError(f"stop_token_ids has {len(self.stop_token_ids)} entries; at most 128 are allowed")
         for token in self.stop_token_ids:
             _count("stop_token_ids entry", token, 0, vocab - 1)
-        if isinstance(self.stop, str):
-            raise ValueError("stop must be a list of strings, not one string")
         if len(self.stop) > MAX_STOPS:
             raise ValueError(f"stop has {len(self.stop)} strings; at most {MAX_STOPS} are allowed")
         for text in self.stop:
-            if not 0 < len(text) <= MAX_STOP_CHARS:
-                raise ValueError(f"stop strings must have 1 to {MAX_STOP_CHARS} characters")
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS or not _is_unicode(text):
+                raise ValueError(f"stop strings must be valid Unicode text of 1 to {MAX_STOP_CHARS} characters")
+
+
+def _is_unicode(text: str) -> bool:
+    """False with a lone surrogate, which cannot be encoded."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _wrapped(seed: int) -> int:

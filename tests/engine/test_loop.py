@@ -1,0 +1,237 @@
+"""The one loop with a made-up worker and a made-up channel: what is said, in which order, and what is left behind."""
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from brigade.comm.channel import ChannelClosed
+from brigade.core.pages import PagePool
+from brigade.core.scheduler import Scheduler, StepPlan
+from brigade.engine.loop import Loop
+from brigade.engine.messages import Abort, Add, Logprob, Ping, Pong, Refused, Stats, Step, Token
+from brigade.model.sampling import BROKEN, Choice
+from brigade.spec.sampling import SamplingParams
+
+EOS = 7
+
+
+class FakeWorker:
+    """Its n-th new token for request r is 100 r + n, unless `script` says otherwise."""
+
+    def __init__(self, script: dict[tuple[int, int], int]) -> None:
+        self.spec = SimpleNamespace(eos_ids=(EOS,))
+        self.script = script
+        self.n_new: dict[int, int] = {}
+        self.ran: list[StepPlan] = []
+
+    def add(self, rid: int, prompt: list[int], params: SamplingParams) -> None:
+        assert rid not in self.n_new
+        self.n_new[rid] = 0
+
+    def forget(self, rid: int) -> None:
+        del self.n_new[rid]
+
+    def run(self, plan: StepPlan) -> dict[int, Choice]:
+        self.ran.append(plan)
+        assert {s.rid for s in plan.slices} <= set(self.n_new), "a step has a request that the worker does not know"
+        choices = {}
+        for s in plan.slices:
+            if s.sample:
+                n = self.n_new[s.rid] = self.n_new[s.rid] + 1
+                token = self.script.get((s.rid, n), 100 * s.rid + n)
+                choices[s.rid] = Choice(token, -0.5, ((token, -0.5),))
+        return choices
+
+
+class FakeChannel:
+    """Gives out messages at set turns; is closed once everything is told and the loop would sleep."""
+
+    def __init__(self, at: dict[int, list[Any]]) -> None:
+        self.at, self.turn, self.sent = at, -1, deque[Any]()
+
+    def poll(self, timeout: float | None) -> list[Any]:
+        self.turn += 1
+        assert self.turn < 500, "the loop does not come to rest"
+        if timeout is None:
+            if not self.at:
+                raise ChannelClosed("the end")
+            self.turn = max(self.turn, min(self.at))
+        return self.at.pop(self.turn, [])
+
+    def send(self, *messages: Any) -> None:
+        self.sent.extend(messages)
+
+
+class Run:
+    """A loop that has run until everything was done."""
+
+    def __init__(
+        self,
+        at: dict[int, list[Any]],
+        depth: int,
+        script: dict[tuple[int, int], int] | None = None,
+        n_pages: int = 16,
+        max_running: int = 8,
+        max_step_tokens: int = 16,
+    ) -> None:
+        self.worker, self.channel = FakeWorker(script or {}), FakeChannel(dict(at))
+        self.scheduler = Scheduler(PagePool(n_pages, 4), max_step_tokens=max_step_tokens, max_running=max_running)
+        self.loop = Loop(self.worker, self.scheduler, self.channel, depth)  # type: ignore[arg-type]
+        self.loop.run()
+        self.sent = list(self.channel.sent)
+
+    def tokens(self, rid: int) -> list[Token]:
+        return [t for m in self.sent if isinstance(m, Step) for t in m.tokens if t.rid == rid]
+
+    def nothing_is_left(self) -> bool:
+        s = self.scheduler
+        return (
+            s.pool.n_free == s.pool.n_pages
+            and not (s.live or s.running or s.waiting)
+            and not self.worker.n_new
+            and not self.loop.pending
+        )
+
+
+def add(rid: int, n_prompt: int = 3, **params: Any) -> Add:
+    return Add(rid, list(range(1000 * rid, 1000 * rid + n_prompt)), SamplingParams(**params))
+
+
+both_depths = pytest.mark.parametrize("depth", [1, 2, 3])
+
+
+@both_depths
+def test_tokens_come_in_order_and_the_last_one_says_why_it_ended(depth: int) -> None:
+    run = Run({0: [add(1, max_tokens=3), add(2, max_tokens=2)]}, depth)
+    assert [(t.token, t.finish) for t in run.tokens(1)] == [(101, ""), (102, ""), (103, "length")]
+    assert [(t.token, t.finish) for t in run.tokens(2)] == [(201, ""), (202, "length")]
+    assert run.tokens(1)[0] == Token(1, 101, "", -0.5, [Logprob(101, -0.5)], 0)
+    assert run.nothing_is_left()
+
+
+@both_depths
+def test_end_of_sequence_stop_tokens_and_ignoring_them(depth: int) -> None:
+    script = {(rid, 2): EOS for rid in (1, 2)} | {(3, 2): 9}
+    run = Run(
+        {0: [add(1, max_tokens=4), add(2, max_tokens=4, ignore_eos=True), add(3, max_tokens=4, stop_token_ids=(9,))]},
+        depth,
+        script,
+    )
+    assert [t.finish for t in run.tokens(1)] == ["", "stop"]
+    assert [t.finish for t in run.tokens(2)] == ["", "", "", "length"]
+    assert [t.finish for t in run.tokens(3)] == ["", "stop"]
+    assert run.nothing_is_left()
+
+
+@both_depths
+def test_steps_are_counted_and_each_is_told_once(depth: int) -> None:
+    run = Run({0: [add(1, max_tokens=4)]}, depth)
+    steps = [m for m in run.sent if isinstance(m, Step)]
+    assert [m.stats.n_steps for m in steps] == list(range(1, len(run.worker.ran) + 1))
+    assert steps[0].stats.running == 1
+    assert steps[0].stats.pages_used > 0
+    assert (steps[-1].stats.running, steps[-1].stats.pages_used) == (0, 0)
+
+
+@both_depths
+@pytest.mark.parametrize("when", range(6))
+def test_aborting_at_any_moment_gives_everything_back(depth: int, when: int) -> None:
+    run = Run({0: [add(1, max_tokens=50), add(2, max_tokens=5)], when: [Abort(1)]} if when else {}, depth)
+    if not when:
+        run = Run({0: [add(1, max_tokens=50), add(2, max_tokens=5), Abort(1)]}, depth)
+        assert run.tokens(1) == []
+    assert len(run.tokens(1)) <= when
+    assert all(not t.finish for t in run.tokens(1))
+    assert [t.token for t in run.tokens(2)] == [201, 202, 203, 204, 205]
+    assert run.nothing_is_left()
+
+
+@both_depths
+def test_aborting_what_waits_and_what_is_unknown(depth: int) -> None:
+    at = {0: [add(1, max_tokens=6), add(2, max_tokens=6), Abort(99)], 2: [Abort(2), Abort(2)], 30: [Abort(1)]}
+    run = Run(at, depth, max_running=1)
+    assert run.tokens(2) == []
+    assert len(run.tokens(1)) == 6
+    assert run.nothing_is_left()
+
+
+@both_depths
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_broken_logits_end_only_their_own_request(depth: int, n: int) -> None:
+    run = Run({0: [add(1, max_tokens=4), add(2, max_tokens=4)]}, depth, {(1, n): BROKEN})
+    assert [t.finish for t in run.tokens(1)] == [""] * (n - 1) + ["error"]
+    assert [t.token for t in run.tokens(2)] == [201, 202, 203, 204]
+    assert all(t.token >= 0 for m in run.sent if isinstance(m, Step) for t in m.tokens)
+    assert run.nothing_is_left()
+
+
+@both_depths
+def test_logits_of_an_aborted_request_that_turn_out_broken_are_not_told(depth: int) -> None:
+    run = Run({0: [add(1, max_tokens=9)], 2: [Abort(1)]}, depth, {(1, n): BROKEN for n in range(2, 9)})
+    assert "error" not in [t.finish for t in run.tokens(1)][:1]
+    assert run.nothing_is_left()
+
+
+@both_depths
+def test_a_request_that_can_never_fit_is_refused_and_others_go_on(depth: int) -> None:
+    run = Run({0: [add(1, n_prompt=60, max_tokens=9), add(2, max_tokens=2)]}, depth, n_pages=16)
+    refused = [m for m in run.sent if isinstance(m, Refused)]
+    assert [m.rid for m in refused] == [1]
+    assert "pages" in refused[0].message
+    assert run.tokens(1) == []
+    assert len(run.tokens(2)) == 2
+    assert run.nothing_is_left()
+
+
+@both_depths
+def test_the_largest_request_that_fits_is_served_alone(depth: int) -> None:
+    run = Run({0: [add(1, n_prompt=60, max_tokens=5), add(2, max_tokens=2)]}, depth, n_pages=16)
+    assert len(run.tokens(1)) == 5
+    assert len(run.tokens(2)) == 2
+    assert run.nothing_is_left()
+
+
+@both_depths
+def test_an_idle_loop_answers_a_ping(depth: int) -> None:
+    assert Run({0: [Ping(5)]}, depth).sent == [Pong(5, Stats(0, 0, 0, 0, 0))]
+
+
+@both_depths
+def test_a_busy_loop_answers_a_ping_between_two_steps(depth: int) -> None:
+    run = Run({0: [add(1, max_tokens=8)], 3: [Ping(1)]}, depth)
+    kinds = [type(m).__name__ for m in run.sent]
+    assert kinds.count("Pong") == 1
+    assert 0 < kinds.index("Pong") < len(kinds) - 1
+
+
+@both_depths
+def test_when_pages_run_out_everything_is_still_told_once(depth: int) -> None:
+    at = {0: [add(r, n_prompt=8, max_tokens=20) for r in range(1, 5)]}
+    run = Run(at, depth, n_pages=9)
+    for rid in range(1, 5):
+        assert [t.token for t in run.tokens(rid)] == [100 * rid + n for n in range(1, 21)]
+    assert run.scheduler.n_preempted > 0
+    assert run.nothing_is_left()
+
+
+@both_depths
+def test_cached_prompt_tokens_are_told(depth: int) -> None:
+    again = Add(2, add(1, n_prompt=9).prompt, SamplingParams(max_tokens=2))
+    other = Add(3, again.prompt, again.params, "another tenant")
+    run = Run({0: [add(1, n_prompt=9, max_tokens=2)], 20: [again, other]}, depth)
+    assert [t.n_cached for t in run.tokens(2)] == [8, 8]
+    assert [t.n_cached for t in run.tokens(3)] == [0, 0]
+
+
+@both_depths
+def test_a_worker_that_fails_ends_the_loop(depth: int) -> None:
+    class Broken(FakeWorker):
+        def run(self, plan: StepPlan) -> dict[int, Choice]:
+            raise RuntimeError("out of memory")
+
+    channel = FakeChannel({0: [add(1, max_tokens=2)]})
+    loop = Loop(Broken({}), Scheduler(PagePool(4, 4), max_step_tokens=8, max_running=2), channel, depth)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.run()
