@@ -28,9 +28,11 @@ clean:
 	touch $@
 
 .venv/serve.done: .venv/python.done pyproject.toml
+	@echo "installing Brigade into .venv (torch is large: this can take minutes)"
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 .venv/check.done: .venv/python.done pyproject.toml
+	@echo "installing Brigade and what its tests need into .venv (torch is large: this can take minutes)"
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ .venv/serve.done

@@ -30,7 +30,7 @@ _TEXT: Any = {"encoding": "utf-8", "errors": "replace"}
 
 def serve_command(model: str | None) -> list[str]:
     """The command line of the child: the demo model if `model` is None."""
-    command = [sys.executable, "-m", "brigade", "serve", "--port", "0", "--log-level", "warning", "--until-eof"]
+    command = [sys.executable, "-P", "-m", "brigade", "serve", "--port", "0", "--log-level", "warning", "--until-eof"]
     return command if model is None else [*command, "--", model]
 
 

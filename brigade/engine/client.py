@@ -21,8 +21,8 @@ from typing import Any
 from brigade.comm.channel import ChannelBroken, ChannelClosed
 from brigade.engine.config import EngineConfig
 from brigade.engine.generation import Generation
-from brigade.engine.messages import Abort, Add, FromWorker, Loading, Ping, Pong, Ready, Refused, Stats, Step
-from brigade.engine.output import BadRequest, Health, LoadError, Observer, QueueFull, Timings, Unavailable
+from brigade.engine.messages import Abort, Add, FromWorker, Loading, Ping, Pong, Ready, Refused, Stats, Step, Token
+from brigade.engine.output import BadRequest, EngineError, Health, LoadError, Observer, QueueFull, Timings, Unavailable
 from brigade.engine.process import WorkerProcess
 from brigade.engine.tokenizer import Tokenizer
 from brigade.spec.config import BadConfig, read_json, read_spec
@@ -81,6 +81,8 @@ class Engine:
         self._n_heard = 0
         self._heard = self._stepped = 0.0
         self._draining = self._closed = False
+        self.failed = False
+        """A bug ended the engine: it will not come back."""
         self._empty = asyncio.Event()
         self._empty.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -129,6 +131,9 @@ class Engine:
             if not self._stats.running and not self._stats.waiting:
                 self._stepped = time.monotonic()  # an idle worker makes no steps: count from now
             worker.channel.send(Add(generation.rid, prompt, params, salt))
+        except Unavailable as e:
+            generation.fail(e)
+            raise
         except (TypeError, UnicodeError) as e:
             generation.cancel()
             raise BadRequest(f"the request cannot be sent to the worker: {e}") from e
@@ -277,7 +282,7 @@ class Engine:
                 self._stats = stats
                 for token in tokens:
                     if generation := self._generations.get(token.rid):
-                        generation.push(token)
+                        self._push(generation, token)
             case Pong(_, stats):
                 self._stats = stats
             case Refused(rid, text):
@@ -285,6 +290,21 @@ class Engine:
                     generation.fail(BadRequest(text))
             case _:
                 raise ChannelBroken(f"unexpected {type(message).__name__}")
+
+    def _push(self, generation: Generation, token: Token) -> None:
+        """Give a token to its generation; what goes wrong there ends that one alone.
+
+        Anything can: a panic inside the tokenizer library is not even an Exception.
+        """
+        try:
+            generation.push(token)
+        except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):
+            raise
+        except BaseException as e:
+            log.exception("request %d failed", generation.rid)
+            generation.fail(EngineError(f"this request's text cannot be made: {type(e).__name__}"))
+            if self._worker is not None:
+                self._worker.channel.send(Abort(generation.rid))
 
     async def _watch(self) -> None:
         """Ping the worker; kill it when it is stuck, so that nothing waits for it for ever.
@@ -312,7 +332,7 @@ class Engine:
         if task.cancelled() or self._closed:
             return
         log.critical("the engine failed", exc_info=task.exception())
-        self._closed = True
+        self._closed = self.failed = True
         self._failure = "the engine failed; see the log, and restart the server"
         self._drop_all(self._failure)
         self._up.clear()

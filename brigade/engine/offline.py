@@ -102,6 +102,15 @@ class Brigade:
             raise
 
     def _stop(self) -> None:
+        """End the loop's thread; what still runs there (a start that was interrupted) is cancelled and waited for."""
+
+        async def cancel_all() -> None:
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in rest:
+                task.cancel()
+            await asyncio.wait(rest, timeout=15) if rest else None
+
+        asyncio.run_coroutine_threadsafe(cancel_all(), self._loop).result(20)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
         self._loop.close()

@@ -1,5 +1,5 @@
 """Chooses the next token from logits. A row's choice depends on its own request alone: never on the batch, the
-schedule, the rank or a hand-over. The random number for the i-th new token is a hash of (seed, i): there is no state.
+schedule, the rank or a hand-over. Randomness is a hash of the seed, the position and the token: there is no state.
 """
 
 from collections import Counter
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from brigade.spec.sampling import SamplingParams
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 BROKEN = -1
 """Chosen when the logits are not finite: the request must end with an error."""
 
@@ -38,10 +40,17 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def uniform(seed: int, i: int) -> float:
-    """A number in [0, 1) for the i-th new token of a request with this seed."""
+def noise(seed: int, i: int, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, for each of `tokens` (ids) as the i-th new token of a request with this seed.
+
+    A hash of (seed, i) and the token id: splitmix64 (Steele et al., OOPSLA 2014, figure 17) on top of BLAKE2.
+    """
     digest = blake2b(seed.to_bytes(16, "little", signed=True) + i.to_bytes(8, "little"), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    z = np.uint64(int.from_bytes(digest, "little")) + (tokens.numpy().astype(np.uint64) + np.uint64(1)) * _GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    uniform = ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54
+    return torch.from_numpy(-np.log(-np.log(uniform)))
 
 
 def choose(logits_RV: Tensor, rows: Sequence[History]) -> list[Choice]:
@@ -81,17 +90,19 @@ def _penalise(logits_V: Tensor, h: History) -> None:
 
 
 def _draw(logits_V: Tensor, h: History) -> int:
-    """Inverse-CDF sampling: the token in which u times the whole probability falls."""
+    """The largest of logit / temperature + noise, which draws from the softmax (the Gumbel-max trick).
+
+    Unlike a draw from summed probabilities, it changes only when two tokens all but tie: rounding that depends on the
+    batch, about 1e-7 of a logit, practically never shows in the text.
+    """
     p = h.params
-    u = uniform(p.seed or 0, len(h.new))
-    weight_V = ((logits_V - logits_V.max()).double() / p.temperature).exp()
-    order = None
+    scaled_V = (logits_V - logits_V.max()).double() / p.temperature
+    tokens = torch.arange(len(scaled_V))
     if p.top_k or p.top_p < 1.0 or p.min_p:
-        weight_V, order = weight_V.sort(descending=True, stable=True)
-        weight_V = weight_V[: _n_kept(weight_V, p)]
-    cdf = weight_V.cumsum(0)
-    at = min(int(torch.searchsorted(cdf, u * cdf[-1], right=True)), len(cdf) - 1)
-    return int(order[at]) if order is not None else at
+        scaled_V, tokens = scaled_V.sort(descending=True, stable=True)
+        n = _n_kept(scaled_V.exp(), p)
+        scaled_V, tokens = scaled_V[:n], tokens[:n]
+    return int(tokens[(scaled_V + noise(p.seed or 0, len(h.new), tokens)).argmax()])
 
 
 def _n_kept(weight_V: Tensor, p: SamplingParams) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
 
-from brigade.engine.output import Delta, TokenLogprob, Unavailable
+from brigade.engine.output import BadRequest, Delta, TokenLogprob, Unavailable
 from brigade.serve.errors import ClientGone
 from brigade.spec.sampling import SamplingParams
 
@@ -41,7 +41,8 @@ class Choice:
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     n_tokens: int = 0
-    n_chars: int = 0
+    offset: int = 0
+    """Where the next token's text begins if all tokens' texts are joined: text may be held back, tokens are not."""
     n_cached: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -49,7 +50,6 @@ class Choice:
     def add(self, delta: Delta) -> None:
         """Count a delta; the texts and log-probabilities are kept by `keep`."""
         self.n_tokens += len(delta.tokens)
-        self.n_chars += len(delta.text)
         self.n_cached = max(self.n_cached, delta.n_cached)
         if delta.finish_reason is not None:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
@@ -86,6 +86,9 @@ class Answer:
     ) -> "Answer":
         """Submit `params.choices()` for each prompt. Raises what Engine.submit raises, leaving nothing running."""
         generations: list[Generation] = []
+        n_choices, room = sum(p.n for p in params), engine.config.max_running + engine.config.max_waiting
+        if n_choices > room:
+            raise BadRequest(f"{n_choices} choices are more than this server runs at a time ({room})", param="n")
         try:
             for prompt, wanted in zip(prompts, params, strict=True):
                 for each in wanted.choices():

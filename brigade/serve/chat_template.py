@@ -17,11 +17,13 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from brigade.engine.output import BadRequest
 from brigade.engine.tokenizer import THINK, Tokenizer
 from brigade.serve.config import ConfigError
+from brigade.serve.deadline import Deadline
 from brigade.serve.schema import Message
 
 CHARS_PER_TOKEN = 16
@@ -29,6 +31,8 @@ CHARS_PER_TOKEN = 16
 are refused before the template or the tokenizer spends time on them."""
 _PRIVATE = range(0x100000, 0x10FFFE)
 """Plane 16: no character is assigned there, so text has none unless someone put it there on purpose."""
+RENDER_SECONDS = 2.0
+MOST_OPERAND = 10_000
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What a template's expression can raise on values it does not expect, `{{ x + 1 }}` with a string for instance.
 _TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -58,6 +62,8 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as e:
             raise ConfigError(f"{where}: line {e.lineno} of the chat template: {e.message}") from e
+        except (SyntaxError, MemoryError, *_TEMPLATE_ERRORS) as e:  # Python's own limits on nesting, for instance
+            raise ConfigError(f"{where}: the chat template cannot be compiled: {str(e)[:200]}") from e
 
     def prompt(self, messages: Sequence[Message], extra: Mapping[str, Any]) -> Prompt:
         """Tokens of a chat, up to where the assistant's answer begins. Raises BadRequest.
@@ -75,13 +81,14 @@ class ChatTemplate:
         )
 
     def _render(self, values: dict[str, Any]) -> str:
-        pieces, n_chars = [], 0
+        pieces, n_chars = list[str](), 0
         always = {"add_generation_prompt": True, "tools": None, "documents": None}
         try:
-            for piece in self._template.generate({**values, **always}):
-                n_chars += len(piece)
-                refuse_huge(n_chars, self._max_chars)
-                pieces.append(piece)
+            with Deadline(RENDER_SECONDS):
+                for piece in self._template.generate({**values, **always}):
+                    n_chars += len(piece)
+                    refuse_huge(n_chars, self._max_chars)
+                    pieces.append(piece)
         except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as e:
             raise BadRequest(
                 f"the model's chat template refuses these messages: {str(e)[:500]}", "messages", "chat_template"
@@ -202,11 +209,22 @@ def _turn(message: Message, marks: Marks) -> dict[str, str]:
     return turn
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with bounds on the operators that make huge values from small ones. Seeing them here also keeps
+    Jinja from computing them while it compiles."""
+
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if not all(isinstance(x, (int, float)) and abs(x) <= MOST_OPERAND for x in (left, right)):
+            raise jinja2.TemplateError(f"'{operator}' is for numbers up to {MOST_OPERAND} here")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
-    )
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock])
     env.filters["tojson"] = _tojson
+    del env.globals["lipsum"]
     env.globals["raise_exception"] = _raise
     env.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return env

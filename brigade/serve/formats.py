@@ -168,9 +168,11 @@ class CompletionFormat:
         if not (delta.text or delta.logprobs or delta.finish_reason):
             return
         choice = _completion_choice(i, delta.text)
-        choice["logprobs"] = self._logprobs(so_far.n_chars - len(delta.text), delta)
+        choice["logprobs"] = self._logprobs(so_far.offset, delta)
         if delta.finish_reason is not None:
             choice["finish_reason"], choice["stop_reason"] = _reason(delta.finish_reason), delta.stop_reason
+        if choice["logprobs"] is not None:
+            so_far.offset += sum(map(len, choice["logprobs"]["tokens"]))
         yield self._reply([choice])
 
     def usage(self, answer: Answer) -> Completion:

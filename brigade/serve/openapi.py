@@ -45,7 +45,7 @@ def document(config: ServeConfig) -> dict[str, Any]:
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
             }
         },
-        "/health": {"get": _operation(config, "Whether the process is alive", _json("Status"), guarded=False)},
+        "/health": {"get": _operation(config, "Whether the process is alive", _json("Status"), (503,), guarded=False)},
         "/ready": {"get": _operation(config, "Whether requests are answered now", _json("Status"), (503,))},
         "/metrics": {
             "get": _operation(config, "Prometheus metrics", {"text/plain": {"schema": {"type": "string"}}}),

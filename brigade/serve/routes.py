@@ -78,7 +78,9 @@ class Routes:
         return _json(self._model())
 
     async def health(self) -> Response:
-        """GET /health: the process is alive."""
+        """GET /health: the process is alive and can still come to answer."""
+        if self._engine.failed:
+            raise ApiError(503, self._engine.health().reason, code="engine_failed")
         return _json(Status(status="ok"))
 
     async def ready(self) -> Response:

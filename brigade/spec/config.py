@@ -19,6 +19,9 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
+MOST_JSON_BYTES = 1 << 27
+
+
 class BadConfig(ValueError):
     """A config.json that Brigade cannot serve. The message names the file, the key and what to do."""
 
@@ -35,9 +38,15 @@ def read_spec(folder: Path) -> ModelSpec:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or BadConfig naming the file."""
     try:
+        if path.exists() and not path.is_file():
+            raise BadConfig(f"{path}: is not a regular file; give a folder with a Hugging Face checkpoint")
+        if path.exists() and path.stat().st_size > MOST_JSON_BYTES:
+            raise BadConfig(f"{path}: is longer than {MOST_JSON_BYTES} bytes, which no checkpoint's is")
         value = json.loads(path.read_bytes())
     except OSError as e:
         raise BadConfig(f"{path}: cannot be read ({e.strerror}); give a folder with a Hugging Face checkpoint") from e
+    except BadConfig:
+        raise
     except (ValueError, RecursionError) as e:
         raise BadConfig(f"{path}: not valid JSON ({e}); download the file again") from e
     if not isinstance(value, dict):

@@ -1,9 +1,11 @@
 """Mistakes at the start: one clear line, exit code 2, and no port was opened."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,3 +96,29 @@ def test_a_port_in_use_is_named_before_the_model_is_loaded() -> None:
     assert run.returncode == 1
     assert port in run.stderr
     assert "loading" not in run.stderr
+
+
+def test_modules_beside_the_user_are_not_run(model: Path) -> None:
+    """A checkpoint's folder may hold anything; standing in it must not make it code."""
+    for name in ("uuid", "msgspec", "psutil", "random"):
+        (model / f"{name}.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    console = Path(sys.executable).parent / "brigade"
+    run = subprocess.run(
+        [str(console), "chat", ".", "--max-tokens", "3"],
+        input="Once\n",
+        cwd=model,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert not (model / "ran").exists()
+
+
+def test_a_config_that_is_no_file_is_refused_at_once(model: Path) -> None:
+    (model / "generation_config.json").unlink()
+    os.mkfifo(model / "generation_config.json")
+    run = start(str(model))
+    assert run.returncode == 2
+    assert "generation_config.json" in run.stderr

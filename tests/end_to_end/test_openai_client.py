@@ -6,7 +6,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.end_to_end.running import Server
+from tests.end_to_end.running import Server, serving
 
 MODEL = "brigade-demo"
 STORY = [{"role": "user", "content": "Once upon a time there was a fox"}]
@@ -84,3 +84,19 @@ def test_errors_are_the_clients_own_types(client: OpenAI) -> None:
         client.chat.completions.create(model="gpt", messages=STORY)
     with pytest.raises(openai.BadRequestError, match="context"):
         client.completions.create(model=MODEL, prompt="word " * 2000, max_tokens=1)
+
+
+def test_offsets_of_a_stream_are_those_of_the_whole(client: OpenAI) -> None:
+    ask = {"model": MODEL, "prompt": "Once", "max_tokens": 12, "temperature": 0, "logprobs": 1, "stop": [" time there"]}
+    whole = client.completions.create(**ask).choices[0].logprobs
+    pieces = [c.choices[0].logprobs for c in client.completions.create(**ask, stream=True) if c.choices]
+    streamed = [(t, at) for p in pieces if p for t, at in zip(p.tokens, p.text_offset, strict=True)]
+    assert streamed == list(zip(whole.tokens, whole.text_offset, strict=True))
+    assert len(streamed) > 2
+
+
+def test_more_choices_than_can_ever_run_are_refused_for_good() -> None:
+    with serving("--max-running", "1", "--max-waiting", "0") as small:
+        client = OpenAI(base_url=f"{small.url}/v1", api_key="none", max_retries=0, timeout=30)
+        with pytest.raises(openai.BadRequestError, match="choices"):
+            client.completions.create(model=MODEL, prompt="Once", n=2, max_tokens=2)

@@ -11,9 +11,10 @@ import pytest_asyncio
 
 from brigade.engine.client import Engine
 from brigade.engine.config import EngineConfig
-from brigade.engine.output import BadRequest, QueueFull, Unavailable
+from brigade.engine.output import BadRequest, EngineError, QueueFull, Unavailable
 from brigade.spec.sampling import SamplingParams
 from tests.engine.asking import GREEDY, LONG, ask, rest, start, until
+from tests.engine.watched import serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -261,3 +262,22 @@ async def test_draining_refuses_new_requests_and_lets_running_ones_end() -> None
         await engine.close()
     with pytest.raises(Unavailable):
         await engine.submit([1], GREEDY)
+
+
+async def test_a_panic_in_one_requests_text_ends_that_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        """As the tokenizer library's: not an Exception."""
+
+    def panic(*_: object) -> str:
+        raise Panic("called `Option::unwrap()` on a `None` value")
+
+    async with serving() as served:
+        broken = await served.engine.submit([5, 6], LONG)
+        fine = await served.engine.submit([5, 7], GREEDY)
+        monkeypatch.setattr(broken._text, "push", panic)
+        with pytest.raises(EngineError, match="Panic"):
+            async for _ in broken:
+                pass
+        assert [d async for d in fine]
+        assert served.engine.health().ready
+        assert await until(lambda: served.engine.stats().pages_used == 0, 3)

@@ -87,7 +87,8 @@ class FakeEngine:
         self.draining = False
 
         self.tokenizer = TOKENIZER
-        self.config = SimpleNamespace(model=model)
+        self.config = SimpleNamespace(model=model, max_running=64, max_waiting=256)
+        self.failed = False
         self.spec = SimpleNamespace(vocab=TOKENIZER.vocab)
         self.ready = Ready(n_pages=40, page=16, max_context=max_context, notes=[])
         self.generation: dict[str, Any] = {}
