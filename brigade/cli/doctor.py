@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from brigade.cli.fault import one_line
-from brigade.cli.readings import CompilerReading, PackageReading, Readings, TorchReading, take_readings
+from brigade.cli.readings import PackageReading, Readings, TorchReading, take_readings
 from brigade.cli.units import show_size
+from brigade.kernels.cpu.build import Buildable, Built
+from brigade.kernels.cpu.compiler import Compiler, Unavailable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +42,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port that the server would use.")] = 8000,
 ) -> None:
-    """Check CPU, memory, compiler, torch, packages and the port. Exit code 1 if something keeps it from running."""
+    """Check CPU, memory, compiler, kernels, torch, packages and the port. Exit code 1 if Brigade cannot run here."""
     checks = examine(take_readings(port))
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks], indent=1))
@@ -64,6 +66,7 @@ def examine(r: Readings) -> list[Check]:
         check_shm(r.shm_size),
         check_open_files(r.open_files),
         check_compiler(r.compiler),
+        check_kernels(r.kernels),
         check_torch(r.torch),
         check_gpu(r.torch),
         check_packages(r.packages),
@@ -138,14 +141,23 @@ def check_open_files(limit: int | None) -> Check:
     return Check("open files", str(limit))
 
 
-def check_compiler(compiler: CompilerReading | None) -> Check:
+def check_compiler(compiler: Compiler | Unavailable) -> Check:
     """Fast CPU kernels are built at first use; without a compiler torch computes everything."""
-    if compiler is None:
-        return Check("C++ compiler", "none", "warn", "install g++ or clang++ for the faster CPU kernels")
-    if compiler.problem:
-        advice = "its installation is broken; reinstall it for the faster CPU kernels"
-        return Check("C++ compiler", f"{compiler.path}: {compiler.problem}", "warn", advice)
-    return Check("C++ compiler", f"{compiler.path}: {compiler.version}")
+    if isinstance(compiler, Unavailable):
+        return Check("C++ compiler", compiler.reason, "warn", compiler.advice)
+    return Check("C++ compiler", f"{compiler.command[0]}: {compiler.version}")
+
+
+def check_kernels(kernels: Built | Buildable | Unavailable) -> Check:
+    """The library of the C++ kernels; without it torch computes everything. No advice, no warning."""
+    if isinstance(kernels, Unavailable):
+        return Check("CPU kernels", kernels.reason, "warn" if kernels.advice else "ok", kernels.advice)
+    notes = "".join(f" ({note})" for note in kernels.notes)
+    if isinstance(kernels, Buildable):
+        shown = f"will be built at first use with {kernels.compiler.name}, into {kernels.folder}"
+        return Check("CPU kernels", shown + notes)
+    made = "prebuilt" if kernels.origin == "prebuilt" else "built"
+    return Check("CPU kernels", f"{made}, {kernels.path}{notes}")
 
 
 def check_torch(torch: TorchReading) -> Check:

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +13,11 @@ from pathlib import Path
 
 from brigade.cli.machine import port_problem
 from brigade.engine.machine import Cpu, Limits, read_cpu, read_limits, usable_cores
+from brigade.kernels.cpu.build import Buildable, Built, look_up
+from brigade.kernels.cpu.compiler import Compiler, Unavailable, find_compiler
 
-COMPILERS = ("c++", "g++", "clang++")
-COMPILER_DEADLINE = 20.0
 DEMO_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)\s*\(?(?:(==|>=)\s*([0-9][^,;)\s]*))?")
-
-
-@dataclass(frozen=True, slots=True)
-class CompilerReading:
-    path: str
-    version: str = ""
-    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +56,8 @@ class Readings:
     memory_available: int
     shm_size: int | None
     open_files: int | None
-    compiler: CompilerReading | None
+    compiler: Compiler | Unavailable
+    kernels: Built | Buildable | Unavailable
     torch: TorchReading
     packages: list[PackageReading] | None
     """None: Brigade itself is not installed, so nothing says what it needs."""
@@ -80,18 +73,19 @@ def take_readings(port: int) -> Readings:
 
     from brigade.engine.config import DEMO_MODEL
 
-    memory = psutil.virtual_memory()
+    memory, cpu = psutil.virtual_memory(), read_cpu()
     return Readings(
         python=(sys.version_info.major, sys.version_info.minor, sys.version_info.micro),
         machine=platform.machine(),
-        cpu=read_cpu(),
+        cpu=cpu,
         cores=usable_cores(),
         limits=read_limits(),
         memory_total=memory.total,
         memory_available=memory.available,
         shm_size=read_shm(),
         open_files=read_open_files(),
-        compiler=read_compiler(),
+        compiler=find_compiler(),
+        kernels=look_up(cpu.features),
         torch=read_torch(),
         packages=read_packages(),
         port=port,
@@ -115,22 +109,6 @@ def read_open_files() -> int | None:
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def read_compiler(names: Sequence[str] = COMPILERS) -> CompilerReading | None:
-    """The first C++ compiler on the path, and what it says its version is."""
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        return None
-    try:
-        done = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=COMPILER_DEADLINE, check=True, errors="replace"
-        )
-    except subprocess.TimeoutExpired:
-        return CompilerReading(path, problem=f"no answer within {COMPILER_DEADLINE:.0f} s")
-    except (OSError, subprocess.CalledProcessError) as e:
-        return CompilerReading(path, problem=str(e))
-    return CompilerReading(path, version=next(iter(done.stdout.splitlines()), "says no version"))
 
 
 def read_torch() -> TorchReading:

@@ -22,7 +22,7 @@ import typer
 from brigade.cli.fault import Fault, one_line
 from brigade.cli.machine import port_problem
 from brigade.cli.units import parse_size
-from brigade.engine.config import DEMO_MODEL, Dtype, EngineConfig
+from brigade.engine.config import DEMO_MODEL, Dtype, EngineConfig, Weights
 from brigade.serve.config import ConfigError, ServeConfig
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Model name for clients. Default: the folder's name.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = _ENGINE.dtype,
+    weights: Annotated[
+        str, typer.Option(help="auto, bf16, or int8: experts and large layers quantised while loading.")
+    ] = _ENGINE.weights,
     max_context: Annotated[
         int, typer.Option(help="Positions a request may have; 0: the model's, or what fits into the cache.")
     ] = _ENGINE.max_context,
@@ -80,6 +83,7 @@ def serve(
         engine = EngineConfig(
             model=model or str(DEMO_MODEL),
             dtype=cast(Dtype, dtype),  # EngineConfig checks it
+            weights=cast(Weights, weights),
             max_context=max_context,
             kv_bytes=0 if kv_memory == "auto" else parse_size(kv_memory),
             max_running=max_running,

@@ -1,17 +1,18 @@
 """What "auto" becomes: pure functions from what the machine and the model are to a value and the reason for it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
-from brigade.engine.config import EngineConfig
+from brigade.engine.config import EngineConfig, Kind
 from brigade.engine.machine import read_limits, usable_cores
 from brigade.spec.model import ModelSpec
 from brigade.spec.params import active, count
 
 GIB = 1 << 30
 SMALL_MODEL = 32e6
-"""Active parameters below which one thread decodes faster than two (docs/performance.md)."""
+"""Active parameters below which one thread decodes faster than two on torch."""
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -24,11 +25,20 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
+class Computing:
+    """On which path a model is computed."""
+
+    dtype: str
+    kind: Kind | None
+    """Weights of the C++ kernels; None on torch."""
+    library: Path | None
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """An EngineConfig without "auto", and a line for each value that was chosen."""
 
-    dtype: str
-    threads: int
     n_pages: int
     max_context: int
     notes: list[str]
@@ -44,19 +54,30 @@ def this_machine() -> Machine:
     return Machine(cores, free)
 
 
-def dtype(config: EngineConfig, spec: ModelSpec, machine: Machine) -> tuple[str, str]:
-    """The compute type. float32 where it fits: torch's bfloat16 matmuls round differently for different batch sizes,
-    and greedy text must not depend on who else is served."""
+def computing(config: EngineConfig, spec: ModelSpec, machine: Machine, library: Path | None, why_not: str) -> Computing:
+    """The path a model is computed on. `library` holds the C++ kernels, or is None because of `why_not`.
+
+    Raises ValueError if what was asked for needs the kernels and there are none.
+
+    Without kernels it is float32 where that fits: torch's bfloat16 matmuls round differently for different batch sizes,
+    and greedy text must not depend on who else is served.
+    """
+    if library is not None and config.dtype in ("auto", "bfloat16"):
+        kind: Kind = "int8" if config.weights == "int8" else "bf16"
+        return Computing("bfloat16", kind, library, f"C++ kernels, {kind} weights, bf16 activations")
+    if config.weights != "auto":
+        raise ValueError(f"weights {config.weights} need the C++ kernels, which cannot be used: {why_not}")
+    without = f"torch, since {why_not}" if why_not else "torch"
     if config.dtype != "auto":
-        return config.dtype, f"dtype {config.dtype}, as asked for"
+        return Computing(config.dtype, None, None, f"{without}; dtype {config.dtype}, as asked for")
     if 4 * count(spec) <= machine.free_bytes // 2:
-        return "float32", "dtype float32: fits into memory, and text then does not depend on the batch"
-    return spec.dtype, f"dtype {spec.dtype}, the checkpoint's: float32 would take more than half of the free memory"
+        return Computing("float32", None, None, f"{without}; dtype float32, so that text does not depend on the batch")
+    note = f"{without}; dtype {spec.dtype}, the checkpoint's: float32 would take more than half of the free memory"
+    return Computing(spec.dtype, None, None, note)
 
 
-def resolve(config: EngineConfig, spec: ModelSpec, machine: Machine, dtype_name: str, dtype_note: str) -> Resolved:
-    """Everything else, once the weights are in memory. Raises ValueError if the cache cannot hold one request."""
-    threads, threads_note = _threads(config, spec, machine)
+def resolve(config: EngineConfig, spec: ModelSpec, machine: Machine, dtype_name: str) -> Resolved:
+    """The cache, once the weights are in memory. Raises ValueError if it cannot hold one request."""
     wanted = min(config.max_context or spec.context, spec.context)
     if config.kv_bytes > machine.free_bytes:
         raise ValueError(
@@ -75,20 +96,19 @@ def resolve(config: EngineConfig, spec: ModelSpec, machine: Machine, dtype_name:
         )
     max_context = min(wanted, n_pages * config.page)
     notes = [
-        dtype_note,
-        threads_note,
         f"KV cache {n_pages} pages of {config.page} tokens, {n_pages * page_bytes / GIB:.2f} GiB",
     ]
     if config.max_context > spec.context:
         notes.append(f"max_context {config.max_context} is more than the model's {spec.context}, which it is now")
     if max_context < wanted:
         notes.append(f"context {max_context} instead of {wanted}: that is what the KV cache holds")
-    return Resolved(dtype_name, threads, n_pages, max_context, notes)
+    return Resolved(n_pages, max_context, notes)
 
 
-def _threads(config: EngineConfig, spec: ModelSpec, machine: Machine) -> tuple[int, str]:
+def threads(config: EngineConfig, spec: ModelSpec, machine: Machine, computing: Computing) -> tuple[int, str]:
+    """How many threads compute, and why."""
     if config.threads:
         return config.threads, f"threads {config.threads}, as asked for"
-    if active(spec) < SMALL_MODEL:
-        return 1, "threads 1: the model is so small that handing work to a second thread costs more than it saves"
+    if computing.library is None and active(spec) < SMALL_MODEL:
+        return 1, "threads 1: on torch, handing so little work to a second thread costs more than it saves"
     return machine.cores, f"threads {machine.cores}, all cores this process may use"

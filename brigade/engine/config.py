@@ -6,6 +6,9 @@ from typing import Literal
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
+Kind = Literal["bf16", "int8"]
+Weights = Literal["auto", "bf16", "int8"]
+
 DEMO_MODEL = Path(__file__).parent.parent / "demo"
 """The bundled demo model: a real, small DeepSeek-V3-architecture mixture of experts."""
 
@@ -17,6 +20,8 @@ class EngineConfig:
     model: str = str(DEMO_MODEL)
     dtype: Dtype = "auto"
     """Type of weights, activations and cache while computing."""
+    weights: Weights = "auto"
+    """Type of the experts' and the large layers' weights: bf16, or int8 quantised while loading (C++ kernels only)."""
     max_context: int = 0
     """Positions a request may have; 0: the model's context, or less if the cache is smaller."""
     kv_bytes: int = 0
@@ -56,6 +61,10 @@ class EngineConfig:
                 raise ValueError(f"{name} must be between {low} and {high}, not {value}")
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ValueError(f"dtype must be auto, bfloat16, float16 or float32, not {self.dtype!r}")
+        if self.weights not in ("auto", "bf16", "int8"):
+            raise ValueError(f"weights must be auto, bf16 or int8, not {self.weights!r}")
+        if self.weights != "auto" and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"weights {self.weights} are computed in bfloat16; leave dtype at auto, not {self.dtype}")
         if self.max_step_tokens < self.max_running:
             raise ValueError(
                 "max_step_tokens must be at least max_running, or some running requests would never advance"

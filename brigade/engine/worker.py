@@ -1,5 +1,6 @@
 """Runs step plans in order: owns the model, the cache and what sampling remembers. Must not decide what runs."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,13 @@ import torch
 from brigade.core.scheduler import Slice, StepPlan
 from brigade.engine import auto
 from brigade.engine.config import EngineConfig
+from brigade.engine.machine import read_cpu
+from brigade.kernels.cpu.build import Buildable, Built, find_library, look_up
+from brigade.kernels.cpu.layers import Kernels, unsupported
 from brigade.model.batch import build
 from brigade.model.cache import KvCache
 from brigade.model.deepseek import DeepSeek
+from brigade.model.deepseek_cpu import CpuDeepSeek
 from brigade.model.dense import Dense
 from brigade.model.sampling import BROKEN, Choice, History, choose
 from brigade.model.weights import Checkpoint
@@ -19,6 +24,9 @@ from brigade.spec.config import read_spec
 from brigade.spec.model import ModelSpec
 from brigade.spec.sampling import SamplingParams
 
+log = logging.getLogger("brigade.worker")
+
+Model = DeepSeek | Dense | CpuDeepSeek
 MODELS: dict[str, type[DeepSeek] | type[Dense]] = {
     "DeepseekV3ForCausalLM": DeepSeek,
     "LlamaForCausalLM": Dense,
@@ -31,7 +39,7 @@ class Worker:
     """One rank's model. Its methods are called in plan order, from one thread at a time."""
 
     spec: ModelSpec
-    model: DeepSeek | Dense
+    model: Model
     page: int
     histories: dict[int, History]
 
@@ -39,19 +47,20 @@ class Worker:
     def load(
         cls, config: EngineConfig, machine: auto.Machine, progress: Callable[[int, int], None]
     ) -> tuple["Worker", auto.Resolved]:
-        """Read the checkpoint and make the cache. Raises BadConfig (also for tensor files) and ValueError."""
+        """Read the checkpoint and make the cache. Raises BadConfig (also for tensor files), ValueError, MemoryError."""
         folder = Path(config.model)
         spec = read_spec(folder)
-        name, note = auto.dtype(config, spec, machine)
-        dtype = getattr(torch, name)
         checkpoint = Checkpoint(folder, spec)
+        library, why_not = _kernels(config, spec)
+        computing = auto.computing(config, spec, machine, library, why_not)
+        threads, threads_note = auto.threads(config, spec, machine, computing)
         total = checkpoint.n_bytes()
         progress(0, total)
-        weights = checkpoint.load(dtype, lambda done: progress(done, total))
-        resolved = auto.resolve(config, spec, auto.this_machine(), name, note)
-        torch.set_num_threads(resolved.threads)
-        cache = KvCache(spec, resolved.n_pages, config.page, dtype)
-        model = MODELS[spec.architecture](spec, weights, cache, resolved.max_context)
+        dtype = getattr(torch, computing.dtype)
+        model = _read(checkpoint, spec, dtype, computing, threads, lambda done: progress(done, total))
+        resolved = auto.resolve(config, spec, auto.this_machine(), computing.dtype)
+        model.attach(KvCache(spec, resolved.n_pages, config.page, dtype), resolved.max_context)
+        resolved.notes[:0] = [computing.note, threads_note]
         return cls(spec, model, config.page, {}), resolved
 
     def add(self, rid: int, prompt: list[int], params: SamplingParams) -> None:
@@ -83,3 +92,36 @@ class Worker:
 def stop_ids(spec: ModelSpec, params: SamplingParams) -> frozenset[int]:
     """Tokens that end a request."""
     return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(spec.eos_ids))
+
+
+def _kernels(config: EngineConfig, spec: ModelSpec) -> tuple[Path | None, str]:
+    """The library of C++ kernels, built now if need be, or why it is not used."""
+    if config.dtype not in ("auto", "bfloat16"):
+        return None, ""
+    if why_not := unsupported(spec):
+        return None, f"the C++ kernels do not serve this model: {why_not}"
+    features = read_cpu().features
+    if isinstance(found := look_up(features), Buildable):
+        log.warning("building the C++ kernels with %s; this happens once and takes about 20 s", found.compiler.name)
+    library = find_library(features)
+    if not isinstance(library, Built):
+        return None, str(library)
+    for note in library.notes:
+        log.warning(note)
+    return library.path, ""
+
+
+def _read(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    computing: auto.Computing,
+    threads: int,
+    progress: Callable[[int], None],
+) -> Model:
+    if computing.library is None or computing.kind is None:
+        torch.set_num_threads(threads)
+        return MODELS[spec.architecture](spec, checkpoint.load(dtype, progress))
+    torch.set_num_threads(1)  # the kernels' own threads do the work
+    kernels = Kernels(computing.library, threads)
+    return CpuDeepSeek(spec, checkpoint.reader(dtype, progress), kernels, computing.kind)

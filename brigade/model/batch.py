@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,32 +40,37 @@ class Batch:
     positions_T: Tensor
     slots_T: Tensor
     """Where each token's cache row goes: page * page size + offset."""
-    chunks: list[Chunk]
-    decodes: list[Decodes]
+    slices: list[tuple[int, Slice]]
+    """Each with its first row."""
     sample_R: Tensor
     """Rows whose logits are wanted."""
     rids: list[int]
     """Whose they are."""
 
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """Slices of several tokens."""
+        return [Chunk(row, len(s.tokens), s.start, _long(list(s.pages))) for row, s in self.slices if len(s.tokens) > 1]
+
+    @cached_property
+    def decodes(self) -> list[Decodes]:
+        """Slices of one token, those with contexts of similar length together."""
+        return _group([(row, s) for row, s in self.slices if len(s.tokens) == 1])
+
 
 def build(plan: StepPlan, page: int, last: Mapping[int, int]) -> Batch:
     """Lay a plan out. `last` gives the token that a LAST of a request stands for."""
     ids, positions, slots = list[int](), list[int](), list[int]()
-    sample, rids = list[int](), list[int]()
-    chunks, single = list[Chunk](), list[tuple[int, Slice]]()
+    slices, sample, rids = list[tuple[int, Slice]](), list[int](), list[int]()
     for s in plan.slices:
-        row = len(ids)
-        if len(s.tokens) == 1:
-            single.append((row, s))
-        else:
-            chunks.append(Chunk(row, len(s.tokens), s.start, torch.tensor(s.pages)))
+        slices.append((len(ids), s))
         ids += [last[s.rid] if t == LAST else t for t in s.tokens]
         positions += range(s.start, s.end)
         slots += [s.pages[p // page] * page + p % page for p in range(s.start, s.end)]
         if s.sample:
             sample.append(len(ids) - 1)
             rids.append(s.rid)
-    return Batch(_long(ids), _long(positions), _long(slots), chunks, _group(single), _long(sample), rids)
+    return Batch(_long(ids), _long(positions), _long(slots), slices, _long(sample), rids)
 
 
 def _group(single: list[tuple[int, Slice]]) -> list[Decodes]:

@@ -54,13 +54,17 @@ class Attention:
 class DeepSeek:
     """The model on one rank. `forward` may be called with a batch of no tokens."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, cache: KvCache, context: int) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         if not isinstance(spec.attention, Mla):
             raise TypeError(f"{spec.architecture} has no latent attention")
-        self.spec, self.a, self.w, self.cache = spec, spec.attention, weights, cache
+        self.spec, self.a, self.w = spec, spec.attention, weights
         self.attn = [Attention.of(weights, f"model.layers.{i}.self_attn", self.a) for i in range(spec.n_layers)]
-        self.cos, self.sin = rotary.table(spec.rope, context)
         self.scale = rotary.score_scale(spec.rope, self.a.qk)
+
+    def attach(self, cache: KvCache, context: int) -> None:
+        """Give it its cache, once it is known how much memory the weights left."""
+        self.cache = cache
+        self.cos, self.sin = rotary.table(self.spec.rope, context)
 
     def forward(self, batch: Batch) -> Tensor:
         """Run one step. Returns float32 logits [R, V] of the rows to sample."""

@@ -17,12 +17,16 @@ from brigade.spec.model import Gqa, ModelSpec
 class Dense:
     """The model on one rank. `forward` may be called with a batch of no tokens."""
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], cache: KvCache, context: int) -> None:
+    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
         if not isinstance(spec.attention, Gqa):
             raise TypeError(f"{spec.architecture} has no grouped-query attention")
-        self.spec, self.a, self.w, self.cache = spec, spec.attention, weights, cache
-        self.cos, self.sin = rotary.table(spec.rope, context)
+        self.spec, self.a, self.w = spec, spec.attention, weights
         self.scale = rotary.score_scale(spec.rope, self.a.head_dim)
+
+    def attach(self, cache: KvCache, context: int) -> None:
+        """Give it its cache, once it is known how much memory the weights left."""
+        self.cache = cache
+        self.cos, self.sin = rotary.table(self.spec.rope, context)
 
     def forward(self, batch: Batch) -> Tensor:
         """Run one step. Returns float32 logits [R, V] of the rows to sample."""

@@ -51,17 +51,30 @@ class Checkpoint:
         """Bytes that load() will read."""
         return sum(self._bytes_of(p) for p in self.params)
 
-    def load(self, dtype: torch.dtype, progress: Callable[[int], None] = lambda n: None) -> dict[str, Tensor]:
-        """Read every parameter as `dtype`; `progress` hears the bytes read so far. Experts come stacked."""
-        weights, done = {}, 0
-        for p in self.params:
-            out = weights[p.name] = _room(p, dtype)
+    def reader(self, dtype: torch.dtype, progress: Callable[[int], None] = lambda n: None) -> Callable[[str], Tensor]:
+        """A function that reads the parameter of a name as `dtype`, experts stacked, when it is called.
+
+        `progress` hears the bytes read so far. Raises BadCheckpoint and MemoryError.
+        """
+        by_name, done = {p.name: p for p in self.params}, 0
+
+        def read(name: str) -> Tensor:
+            nonlocal done
+            p = by_name[name]
+            out = _room(p, dtype)
             parts = out if p.per_expert else [out]
-            for (name, _), part in zip(p.tensors(), parts, strict=True):
-                self._copy(name, part)
+            for (tensor, _), part in zip(p.tensors(), parts, strict=True):
+                self._copy(tensor, part)
                 done += self._bytes_of(p) // len(parts)
                 progress(done)
-        return weights
+            return out
+
+        return read
+
+    def load(self, dtype: torch.dtype, progress: Callable[[int], None] = lambda n: None) -> dict[str, Tensor]:
+        """Every parameter by name."""
+        read = self.reader(dtype, progress)
+        return {p.name: read(p.name) for p in self.params}
 
     def _copy(self, name: str, out: Tensor) -> None:
         file = self._open[self._file_of[name]]

@@ -11,20 +11,21 @@ from typer.testing import CliRunner
 from brigade.cli import app
 from brigade.cli.doctor import Check, examine, release, satisfies
 from brigade.cli.readings import (
-    CompilerReading,
     PackageReading,
     Readings,
     TorchReading,
     demo_problem,
     parse_requirement,
-    read_compiler,
     read_packages,
     take_readings,
 )
 from brigade.engine.config import DEMO_MODEL
 from brigade.engine.machine import Cpu, Limits
+from brigade.kernels.cpu.build import Buildable, Built
+from brigade.kernels.cpu.compiler import Compiler, Unavailable
 
 GIB = 1 << 30
+COMPILER = Compiler(("/usr/bin/c++",), "/usr/bin/g++-12", "c++ (Debian 12.2.0-14) 12.2.0")
 GOOD = Readings(
     python=(3, 11, 7),
     machine="x86_64",
@@ -35,7 +36,8 @@ GOOD = Readings(
     memory_available=8 * GIB,
     shm_size=8 * GIB,
     open_files=4096,
-    compiler=CompilerReading("/usr/bin/c++", version="c++ 12"),
+    compiler=COMPILER,
+    kernels=Built(Path("/cache/kernels.so"), "cache"),
     torch=TorchReading(version="2.13.0", threads=8, capability="AVX512", mkldnn=True, fast_bf16=True),
     packages=[PackageReading("torch", "==", "2.13.0", "2.13.0+cpu"), PackageReading("rich", ">=", "13.9", "15.0.0")],
     port=8000,
@@ -52,7 +54,7 @@ def verdict(name: str, **changes: object) -> Check:
 
 def test_a_good_machine_passes_every_check() -> None:
     assert {c.verdict for c in examine(GOOD)} == {"ok"}
-    assert len({c.name for c in examine(GOOD)}) == 13
+    assert len({c.name for c in examine(GOOD)}) == 14
 
 
 @pytest.mark.parametrize(
@@ -71,8 +73,10 @@ def test_a_good_machine_passes_every_check() -> None:
         ("/dev/shm", "ok", {"shm_size": None}),
         ("open files", "warn", {"open_files": 256}),
         ("open files", "ok", {"open_files": None}),
-        ("C++ compiler", "warn", {"compiler": None}),
-        ("C++ compiler", "warn", {"compiler": CompilerReading("/usr/bin/c++", problem="broken")}),
+        ("C++ compiler", "warn", {"compiler": Unavailable("there is none", "install one")}),
+        ("CPU kernels", "ok", {"kernels": Buildable(COMPILER, Path("/cache"), "key", {})}),
+        ("CPU kernels", "ok", {"kernels": Unavailable("this CPU has no avx512f")}),
+        ("CPU kernels", "warn", {"kernels": Unavailable("there is no C++ compiler", "install one")}),
         ("torch", "fail", {"torch": TorchReading(problem="cannot be imported")}),
         ("torch", "warn", {"torch": TorchReading(version="2.13.0")}),
         ("packages", "warn", {"packages": None}),
@@ -142,17 +146,13 @@ def read_version(name: str) -> str:
     return version(name)
 
 
-def test_a_compiler_that_does_not_run_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert read_compiler() is None
-    compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\nexit 3\n")
-    compiler.chmod(0o755)
-    read = read_compiler()
-    assert read is not None
-    assert "exit status 3" in read.problem
-    compiler.write_text("#!/bin/sh\necho g++ 99\n")
-    assert read_compiler() == CompilerReading(str(compiler), version="g++ 99")
+def test_the_kernels_line_says_where_the_library_is_or_what_will_build_it() -> None:
+    assert verdict("CPU kernels").value == "built, /cache/kernels.so"
+    assert verdict("CPU kernels", kernels=Built(Path("/p.so"), "prebuilt")).value == "prebuilt, /p.so"
+    read_only = Buildable(COMPILER, Path("/tmp/brigade"), "key", {}, ("/cache: cannot be written",))
+    assert verdict("CPU kernels", kernels=read_only).value == (
+        "will be built at first use with c++ 12.2.0, into /tmp/brigade (/cache: cannot be written)"
+    )
 
 
 def test_the_bundled_model_is_whole() -> None:
@@ -195,4 +195,4 @@ def test_this_machine_can_be_read() -> None:
     assert readings.port_problem
     assert readings.memory_total >= readings.memory_available > 0
     assert readings.torch.version.startswith("2.")
-    assert len(examine(readings)) == 13
+    assert len(examine(readings)) == 14

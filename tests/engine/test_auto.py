@@ -9,35 +9,60 @@ from brigade.engine import auto
 from brigade.engine.auto import GIB, Machine
 from brigade.engine.config import DEMO_MODEL, EngineConfig
 from brigade.spec.config import read_spec
+from brigade.spec.model import ModelSpec
 from brigade.spec.params import count
 
+LIBRARY = Path("kernels.so")
 SPEC = read_spec(Path(DEMO_MODEL))
 PAGE_BYTES = SPEC.n_layers * 16 * SPEC.kv_width * 4
 
 
 def resolve(config: EngineConfig, machine: Machine, dtype: str = "float32") -> auto.Resolved:
-    return auto.resolve(config, SPEC, machine, dtype, f"dtype {dtype}")
+    return auto.resolve(config, SPEC, machine, dtype)
 
 
-def test_float32_is_chosen_where_it_takes_at_most_half_of_the_free_memory() -> None:
+def on_torch(config: EngineConfig, machine: Machine) -> auto.Computing:
+    return auto.computing(config, SPEC, machine, None, "there is no compiler")
+
+
+def test_the_kernels_are_used_where_they_are_and_torch_says_why_not_elsewhere() -> None:
+    got = auto.computing(EngineConfig(), SPEC, Machine(2, GIB), LIBRARY, "")
+    assert (got.dtype, got.kind, got.library) == ("bfloat16", "bf16", LIBRARY)
+    assert auto.computing(EngineConfig(weights="int8"), SPEC, Machine(2, GIB), LIBRARY, "").kind == "int8"
+    assert auto.computing(EngineConfig(dtype="float32"), SPEC, Machine(2, GIB), LIBRARY, "").library is None
+    assert "no compiler" in on_torch(EngineConfig(), Machine(2, GIB)).note
+
+
+def test_weights_that_only_the_kernels_have_are_an_error_without_them() -> None:
+    with pytest.raises(ValueError, match=r"int8.*no compiler"):
+        on_torch(EngineConfig(weights="int8"), Machine(2, GIB))
+    with pytest.raises(ValueError, match="weights int8"):
+        EngineConfig(weights="int8", dtype="float32")
+
+
+def test_on_torch_float32_is_chosen_where_it_takes_at_most_half_of_the_free_memory() -> None:
     need = 8 * count(SPEC)
-    assert auto.dtype(EngineConfig(), SPEC, Machine(2, need))[0] == "float32"
-    name, note = auto.dtype(EngineConfig(), SPEC, Machine(2, need - 2))
-    assert name == "bfloat16"
-    assert "half" in note
+    assert on_torch(EngineConfig(), Machine(2, need)).dtype == "float32"
+    got = on_torch(EngineConfig(), Machine(2, need - 2))
+    assert got.dtype == "bfloat16"
+    assert "half" in got.note
 
 
 @pytest.mark.parametrize("asked", ["float16", "bfloat16", "float32"])
 def test_a_type_that_was_asked_for_is_taken(asked: str) -> None:
     config = EngineConfig(dtype=asked)  # type: ignore[arg-type]
-    assert auto.dtype(config, SPEC, Machine(2, 1))[0] == asked
+    assert on_torch(config, Machine(2, 1)).dtype == asked
 
 
-def test_a_small_model_gets_one_thread_a_large_one_all_cores() -> None:
-    assert resolve(EngineConfig(), Machine(8, GIB)).threads == 1
-    assert resolve(EngineConfig(threads=3), Machine(8, GIB)).threads == 3
-    large = replace(SPEC, vocab=1_000_000)
-    assert auto.resolve(EngineConfig(), large, Machine(8, GIB), "float32", "").threads == 8
+def test_on_torch_a_small_model_gets_one_thread_elsewhere_all_cores_work() -> None:
+    def threads(config: EngineConfig, spec: ModelSpec, library: Path | None) -> int:
+        machine = Machine(8, GIB)
+        return auto.threads(config, spec, machine, auto.computing(config, spec, machine, library, ""))[0]
+
+    assert threads(EngineConfig(), SPEC, None) == 1
+    assert threads(EngineConfig(), SPEC, LIBRARY) == 8
+    assert threads(EngineConfig(threads=3), SPEC, LIBRARY) == 3
+    assert threads(EngineConfig(), replace(SPEC, vocab=1_000_000), None) == 8
 
 
 def test_the_cache_is_no_larger_than_all_running_requests_can_fill() -> None:
@@ -83,8 +108,11 @@ def test_a_cache_that_holds_nothing_is_an_error_that_names_the_setting(config: E
 
 
 def test_every_choice_has_a_line_that_explains_it() -> None:
-    notes = "\n".join(resolve(EngineConfig(), Machine(2, GIB)).notes)
-    assert all(word in notes for word in ("dtype", "threads", "KV cache"))
+    machine = Machine(2, GIB)
+    computing = on_torch(EngineConfig(), machine)
+    _, threads = auto.threads(EngineConfig(), SPEC, machine, computing)
+    notes = [computing.note, threads, *resolve(EngineConfig(), machine).notes]
+    assert all(word in note for word, note in zip(("dtype", "threads", "KV cache"), notes, strict=True))
 
 
 def test_this_machine_has_cores_and_memory() -> None:

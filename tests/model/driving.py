@@ -30,8 +30,9 @@ class Served(NamedTuple):
 def load(folder: Path, n_pages: int = 64, page: int = 8, context: int = 512) -> Worker:
     spec = read_spec(folder)
     weights = Checkpoint(folder, spec).load(torch.float32)
-    cache = KvCache(spec, n_pages, page, torch.float32)
-    return Worker(spec, MODELS[spec.architecture](spec, weights, cache, context), page, {})
+    model = MODELS[spec.architecture](spec, weights)
+    model.attach(KvCache(spec, n_pages, page, torch.float32), context)
+    return Worker(spec, model, page, {})
 
 
 @torch.inference_mode()

@@ -1,0 +1,283 @@
+// Attention over pages of the cache, read in place. One kernel serves decode and prefill, latent (MLA) and grouped-query
+// attention: a query row is a pair of a token and a head, and up to LANES query rows that share a key head are computed
+// together, one in each lane of a register. So the scores of one key are one register, a softmax runs down the lanes without
+// any shuffle, and keys are read from their pages as they lie.
+//
+//     scores[key][lane] = sum over the key's pairs of numbers: broadcast(pair of key) * queries[pair][lane]
+//     out[lane][value]  = sum over pairs of keys:              broadcast(pair of p[lane]) * values[pair of keys][value]
+//
+// The softmax is computed online (arXiv:1805.02867; FlashAttention, arXiv:2205.14135) in chunks of CHUNK keys, and afresh in
+// every SPLIT keys; the splits are folded in order. Chunks and splits lie at fixed positions, and a key that a lane may not
+// see changes nothing in it, so a row's result is the same, bit by bit, in a decode, in any chunk of a prefill, and beside
+// any other rows.
+#pragma once
+#include "pool.h"
+#include "tiles.h"
+
+constexpr int CHUNK = 64;
+constexpr int SPLIT = 512;
+constexpr float NOTHING = -1e30f;  // the maximum of no scores
+
+// Several tokens of one request: query rows row..row+n-1 of the batch at positions start..
+struct Sequence {
+  int64_t row, n, start, first_page;  // first_page: index into the page table
+};
+
+// Where keys and values lie in a cache row, and how many heads share them.
+struct Heads {
+  int64_t n_kv, group;           // key heads; query heads of each
+  int64_t key_at, key_width;     // of key head 0; numbers
+  int64_t value_at, value_width;
+  int64_t row_width;             // numbers of a cache row
+  int64_t key_step, value_step;  // from one key head to the next
+};
+
+struct Cache {
+  const bf16* rows;
+  int64_t page;          // rows of a page
+  const int32_t* pages;  // page tables of all sequences
+  const bf16* row(const Sequence& s, int64_t position, int64_t width) const {
+    return rows + ((int64_t)pages[s.first_page + position / page] * page + position % page) * width;
+  }
+};
+
+// The running softmax of LANES query rows: maximum, sum, and the weighted values so far.
+template <int LANES>
+struct Partial {
+  float most[LANES], sum[LANES];
+  float* out;  // [LANES][width]
+};
+
+template <int LANES>
+class Attention {
+ public:
+  static constexpr int L = LANES / 16;  // registers
+
+  Attention(const Heads& heads, const Cache& cache) : heads_(heads), cache_(cache), width_(round_up(heads.value_width, GROUP)) {
+    n_pairs_ = (heads.key_width + 1) / 2;
+    auto cut = [&](Cutter c) {
+      queries_ = c.take<uint32_t>(n_pairs_ * LANES);
+      scores_ = c.take<float>(CHUNK * LANES);
+      weights_ = c.take<uint32_t>(CHUNK / 2 * LANES);
+      values_ = c.take<uint32_t>(CHUNK / 2 * width_);
+      split_.out = c.take<float>(LANES * width_);
+      total_.out = c.take<float>(LANES * width_);
+      return c.used;
+    };
+    static thread_local Buffer memory;
+    char* at = memory.get(cut(Cutter{nullptr}));
+    cut(Cutter{at});
+  }
+
+  static int64_t n_splits(int64_t n_keys) { return (n_keys + SPLIT - 1) / SPLIT; }
+
+  // Take query rows first..first+n-1 of a sequence and key head: row i is token i / group, head i % group of the group.
+  // q: [tokens][heads][q_stride], scaled.
+  void load(const Sequence& s, int64_t kv_head, const bf16* q, int64_t q_stride, int64_t first_row, int64_t n) {
+    sequence_ = s, kv_head_ = kv_head, n_ = (int)n;
+    const int64_t n_heads = heads_.n_kv * heads_.group;
+    for (int lane = 0; lane < LANES; lane++) {
+      const int64_t i = first_row + std::min<int64_t>(lane, n - 1);  // idle lanes repeat the last row
+      const int64_t token = i / heads_.group, head = kv_head * heads_.group + i % heads_.group;
+      const bf16* from = q + ((s.row + token) * n_heads + head) * q_stride;
+      for (int64_t k = 0; k < n_pairs_; k++) memcpy(&queries_[k * LANES + lane], from + 2 * k, 4);
+      last_[lane] = (int32_t)(s.start + token);
+    }
+  }
+
+  int64_t n_keys() const { return last_[LANES - 1] + 1; }
+
+  // Keys of one split, into `split()`.
+  void run_split(int64_t i) {
+    for (int lane = 0; lane < LANES; lane++) split_.most[lane] = NOTHING, split_.sum[lane] = 0;
+    const int64_t end = std::min<int64_t>((i + 1) * SPLIT, n_keys());
+    bool fresh = true;
+    for (int64_t key = i * SPLIT; key < end; key += CHUNK, fresh = false) {
+      const int n = (int)std::min<int64_t>(CHUNK, end - key);
+      gather(key, n);
+      score(n);
+      hide(key, n);
+      soften(n);
+      add_values(n, fresh);
+    }
+  }
+
+  void clear_total() {
+    for (int lane = 0; lane < LANES; lane++) total_.most[lane] = NOTHING, total_.sum[lane] = 0;
+    memset(total_.out, 0, n_ * width_ * sizeof(float));
+  }
+
+  // total = total and the split that was run, weighted by their maxima.
+  void fold_split() { fold(split_.most, split_.sum, split_.out); }
+
+  void fold(const float* most, const float* sum, const float* out) {
+    alignas(64) float keep[LANES], add[LANES];
+    UNROLL for (int j = 0; j < L; j++) {
+      const __m512 a = _mm512_loadu_ps(total_.most + 16 * j), b = _mm512_loadu_ps(most + 16 * j);
+      const __m512 m = _mm512_max_ps(a, b);
+      const __m512 ka = exp512(_mm512_sub_ps(a, m)), kb = exp512(_mm512_sub_ps(b, m));
+      _mm512_store_ps(keep + 16 * j, ka);
+      _mm512_store_ps(add + 16 * j, kb);
+      _mm512_storeu_ps(total_.most + 16 * j, m);
+      const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(total_.sum + 16 * j), ka);
+      _mm512_storeu_ps(total_.sum + 16 * j, _mm512_fmadd_ps(_mm512_loadu_ps(sum + 16 * j), kb, old));
+    }
+    for (int lane = 0; lane < n_; lane++) {
+      const __m512 ka = _mm512_set1_ps(keep[lane]), kb = _mm512_set1_ps(add[lane]);
+      for (int64_t d = 0; d < width_; d += 16) {
+        float* t = total_.out + lane * width_ + d;
+        const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(t), ka);
+        _mm512_storeu_ps(t, _mm512_fmadd_ps(_mm512_loadu_ps(out + lane * width_ + d), kb, old));
+      }
+    }
+  }
+
+  // The finished rows, as bf16, to out: [tokens][heads][out_stride].
+  void store(int64_t first_row, bf16* out, int64_t out_stride) const {
+    const int64_t n_heads = heads_.n_kv * heads_.group;
+    for (int lane = 0; lane < n_; lane++) {
+      const int64_t i = first_row + lane;
+      const int64_t token = i / heads_.group, head = kv_head_ * heads_.group + i % heads_.group;
+      bf16* to = out + ((sequence_.row + token) * n_heads + head) * out_stride;
+      const __m512 inverse = _mm512_set1_ps(1.f / total_.sum[lane]);
+      for (int64_t d = 0; d < heads_.value_width; d += 16)
+        store_bf16(to + d, _mm512_mul_ps(_mm512_loadu_ps(total_.out + lane * width_ + d), inverse),
+                   first(heads_.value_width - d));
+    }
+  }
+
+  const Partial<LANES>& split() const { return split_; }
+  int64_t width() const { return width_; }
+
+ private:
+  // Row pointers of the chunk's keys; the last is repeated, so that pairs and tiles may read past the end.
+  void gather(int64_t key, int n) {
+    const int64_t page = cache_.page;
+    for (int i = 0; i < n;) {
+      const bf16* row = cache_.row(sequence_, key + i, heads_.row_width);
+      for (int64_t left = page - (key + i) % page; left > 0 && i < n; left--, i++, row += heads_.row_width) rows_[i] = row;
+    }
+    for (int i = n; i < CHUNK; i++) rows_[i] = rows_[n - 1];
+  }
+
+  template <int M>
+  INLINE void score_tile(const bf16* const* rows, int64_t offset, const uint32_t* queries, int64_t n_pairs, float* to) {
+    const char* at[M];
+    UNROLL for (int m = 0; m < M; m++) at[m] = (const char*)(rows[m] + offset);
+    __m512 sum[M][L];
+    multiply_bf16<M, LANES, LANES>(at, (const char*)queries, n_pairs, nullptr, sum);
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int j = 0; j < L; j++) _mm512_store_ps(to + m * LANES + 16 * j, sum[m][j]);
+  }
+
+  void score(int n) {
+    constexpr int M = L == 4 ? 6 : L == 2 ? 12 : 16;  // keys of a tile, so that its sums fit the registers
+    const int64_t offset = heads_.key_at + kv_head_ * heads_.key_step;
+    int i = 0;
+    for (; i + M <= n; i += M) score_tile<M>(rows_ + i, offset, queries_, n_pairs_, scores_ + i * LANES);
+    for (; i + 4 <= n; i += 4) score_tile<4>(rows_ + i, offset, queries_, n_pairs_, scores_ + i * LANES);
+    for (; i < n; i++) score_tile<1>(rows_ + i, offset, queries_, n_pairs_, scores_ + i * LANES);
+  }
+
+  // A lane does not see keys behind its own position.
+  void hide(int64_t key, int n) {
+    if (key + n - 1 <= last_[0]) return;  // lanes are in the order of their positions
+    for (int i = 0; i < n; i++) {
+      UNROLL for (int j = 0; j < L; j++) {
+        const __mmask16 hidden = _mm512_cmplt_epi32_mask(_mm512_loadu_si512(last_ + 16 * j), _mm512_set1_epi32((int)key + i));
+        float* s = scores_ + i * LANES + 16 * j;
+        _mm512_store_ps(s, _mm512_mask_mov_ps(_mm512_load_ps(s), hidden, _mm512_set1_ps(2 * NOTHING)));
+      }
+    }
+  }
+
+  // scores -> weights in pairs of keys; maximum, sum and the correction of earlier chunks.
+  void soften(int n) {
+    UNROLL for (int j = 0; j < L; j++) {
+      const __m512 before = _mm512_loadu_ps(split_.most + 16 * j);
+      __m512 most = before, sum = _mm512_setzero_ps();
+      for (int i = 0; i < n; i++) most = _mm512_max_ps(most, _mm512_load_ps(scores_ + i * LANES + 16 * j));
+      for (int i = 0; i < n; i += 2) {
+        const __m512 a = weight(i, j, n, most), b = weight(i + 1, j, n, most);
+        sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
+        // The two keys' weights of a lane side by side: lane's low half the first key, high half the second.
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
+        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b)), 16);
+        _mm512_store_si512(weights_ + i / 2 * LANES + 16 * j, _mm512_or_si512(low, high));
+      }
+      const __m512 keep = exp512(_mm512_sub_ps(before, most));
+      _mm512_storeu_ps(keep_ + 16 * j, keep);
+      _mm512_storeu_ps(split_.most + 16 * j, most);
+      _mm512_storeu_ps(split_.sum + 16 * j, _mm512_fmadd_ps(_mm512_loadu_ps(split_.sum + 16 * j), keep, sum));
+    }
+  }
+
+  INLINE __m512 weight(const float* scores, __m512 most) {
+    const __m512 s = _mm512_load_ps(scores);
+    const __mmask16 seen = _mm512_cmp_ps_mask(s, _mm512_set1_ps(1.5f * NOTHING), _CMP_GT_OQ);
+    return _mm512_maskz_mov_ps(seen, exp512(_mm512_sub_ps(s, most)));
+  }
+
+  __m512 weight(int i, int j, int n, __m512 most) const {
+    return i < n ? weight(scores_ + i * LANES + 16 * j, most) : _mm512_setzero_ps();
+  }
+
+  // Two keys' values side by side, as the tiles want them: [group of 64 values][pair of keys][64].
+  void interleave(int n) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
+                                         4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const int64_t offset = heads_.value_at + kv_head_ * heads_.value_step;
+    const int n_pairs = (n + 1) / 2;
+    for (int64_t d = 0; d < width_; d += 32) {
+      const int64_t left = heads_.value_width - d;
+      const __mmask32 some = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0;
+      uint32_t* to = values_ + d / GROUP * (CHUNK / 2 * GROUP) + d % GROUP;
+      for (int p = 0; p < n_pairs; p++, to += GROUP) {
+        const __m512i a = _mm512_maskz_loadu_epi16(some, rows_[2 * p] + offset + d);
+        const __m512i b = _mm512_maskz_loadu_epi16(some, rows_[2 * p + 1] + offset + d);
+        _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
+        _mm512_store_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+      }
+    }
+  }
+
+  void add_values(int n, bool fresh) {
+    interleave(n);
+    const int n_pairs = (n + 1) / 2;
+    for (int64_t g = 0; g < width_ / GROUP; g++) {
+      const char* panel = (const char*)(values_ + g * (CHUNK / 2 * GROUP));
+      for (int lane = 0; lane < n_; lane += 6)
+        with_constant<1, 6>(std::min(6, n_ - lane), [&](auto M) { value_tile<M>(lane, panel, n_pairs, g, fresh); });
+    }
+  }
+
+  template <int M>
+  void value_tile(int lane, const char* panel, int n_pairs, int64_t g, bool fresh) {
+    const char* at[M];
+    UNROLL for (int m = 0; m < M; m++) at[m] = (const char*)(weights_ + lane + m);
+    __m512 sum[M][4];
+    multiply_bf16<M, GROUP, GROUP, 4 * LANES>(at, panel, n_pairs, nullptr, sum);
+    UNROLL for (int m = 0; m < M; m++) {
+      float* to = split_.out + (lane + m) * width_ + g * GROUP;
+      const __m512 keep = _mm512_set1_ps(keep_[lane + m]);
+      UNROLL for (int j = 0; j < 4; j++) {
+        const __m512 v = fresh ? sum[m][j] : _mm512_fmadd_ps(_mm512_loadu_ps(to + 16 * j), keep, sum[m][j]);
+        _mm512_storeu_ps(to + 16 * j, v);
+      }
+    }
+  }
+
+  const Heads heads_;
+  const Cache cache_;
+  const int64_t width_;  // of an output row, padded
+  int64_t n_pairs_;
+  Sequence sequence_;
+  int64_t kv_head_;
+  int n_;  // lanes in use
+  alignas(64) int32_t last_[LANES];
+  alignas(64) float keep_[LANES];
+  const bf16* rows_[CHUNK];
+  uint32_t *queries_, *weights_, *values_;
+  float* scores_;
+  Partial<LANES> split_, total_;
+};

@@ -1,0 +1,174 @@
+"""Layers of a model on the C++ kernels: they hold packed weights and call C++. Torch only holds memory.
+
+The residual stream is float32 [tokens, stride], padded with zeros to a multiple of 64 numbers; layers add to it in
+place. Weights come as torch tensors, under the names of the checkpoint, from a function that reads one when it is asked
+for, so that a layer's originals are gone before the next layer is read.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from brigade.kernels.cpu import structs
+from brigade.kernels.cpu.packed import GROUP, Kind, Packed, pack
+from brigade.spec.model import Mla, ModelSpec, Moe
+
+Read = Callable[[str], Tensor]
+MOST_LATENT = 1 << 14
+MOST_GROUPS = 1 << 10
+LATENT_NORM_EPS = 1e-6
+
+
+def unsupported(spec: ModelSpec) -> str | None:
+    """Why the kernels cannot run this model, or None if they can."""
+    a, m = spec.attention, spec.moe
+    if not isinstance(a, Mla):
+        return f"{spec.architecture} has no latent attention"
+    if any(n % 2 for n in (a.kv_rank, a.nope, a.rope, a.v)):
+        return "a width of its attention is odd"
+    if a.kv_rank > MOST_LATENT or (m is not None and m.n_groups > MOST_GROUPS):
+        return "its latent or its number of expert groups is too large"
+    return None
+
+
+class Kernels:
+    """The library and its threads. One caller at a time."""
+
+    def __init__(self, path: Path, n_threads: int) -> None:
+        self.library = structs.open_library(path)
+        self.pool = self.library.pool_new(n_threads)
+
+    def pack(self, weights: list[Tensor], kind: Kind, paired: bool = False) -> Packed:
+        return pack(self.library, weights, kind, paired)
+
+
+def padded(n: int) -> int:
+    """Numbers of a row of activations that holds n."""
+    return -(-n // GROUP) * GROUP
+
+
+class MlaLayer:
+    """residual += latent attention of the normalised residual. Its projections may be int8; the small matrices into and
+    out of the latent space stay bf16."""
+
+    def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, at: str, scale: float, kind: Kind) -> None:
+        a = spec.attention
+        assert isinstance(a, Mla)
+        self._kernels = kernels
+        mine = f"{at}.self_attn"
+        up = read(f"{mine}.kv_b_proj.weight").view(a.n_heads, a.nope + a.v, a.kv_rank)
+        low = [read(f"{mine}.q_a_proj.weight" if a.q_rank else f"{mine}.q_proj.weight")]
+        low.append(read(f"{mine}.kv_a_proj_with_mqa.weight"))
+        self._norms = [read(f"{at}.input_layernorm.weight").float(), read(f"{mine}.kv_a_layernorm.weight").float()]
+        q_up = torch.empty(0, 2)
+        if a.q_rank:
+            self._norms.append(read(f"{mine}.q_a_layernorm.weight").float())
+            q_up = read(f"{mine}.q_b_proj.weight")
+        self._packed = {
+            "down": kernels.pack([torch.cat(low)], kind),
+            "q_up": kernels.pack([q_up], kind),
+            "key": kernels.pack([head.T for head in up[:, : a.nope]], "bf16"),
+            "value": kernels.pack(list(up[:, a.nope :]), "bf16"),
+            "out": kernels.pack([read(f"{mine}.o_proj.weight")], kind),
+        }
+        self._struct = structs.Mla(
+            norm=self._norms[0].data_ptr(),
+            kv_norm=self._norms[1].data_ptr(),
+            q_norm=self._norms[2].data_ptr() if a.q_rank else None,
+            **{name: packed.matrix for name, packed in self._packed.items()},
+            **{"dim": spec.dim, "n_heads": a.n_heads, "q_rank": a.q_rank or 0, "kv_rank": a.kv_rank},
+            **{"nope": a.nope, "rope": a.rope, "v": a.v},
+            **{"eps": spec.norm_eps, "latent_eps": LATENT_NORM_EPS, "scale": scale},
+            interleaved=int(spec.rope.interleaved),
+        )
+
+    def __call__(self, residual: Tensor, step: structs.Step, cache_PSW: Tensor) -> None:
+        k = self._kernels
+        k.library.mla(k.pool, self._struct, step, residual.data_ptr(), residual.stride(0), cache_PSW.data_ptr())
+
+
+class FeedForward:
+    """residual += feed-forward of the normalised residual: routed and shared experts, or one plain network.
+
+    Shared experts of n times an expert's width are n more experts with weight 1, and a plain network is one expert.
+    """
+
+    def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, layer: int, kind: Kind) -> None:
+        self._kernels, self._dim, self._eps = kernels, spec.dim, spec.norm_eps
+        at = f"model.layers.{layer}"
+        self._norm = read(f"{at}.post_attention_layernorm.weight").float()
+        moe = spec.moe if spec.is_moe(layer) else None
+        self._gate = self._read_gate(moe, read, f"{at}.mlp") if moe else None
+        self._n_fixed = (moe.n_shared if moe else 1) or 0
+        self._k = (moe.top_k if moe else 0) + self._n_fixed
+        gate_up, down = _experts(moe, spec, read, f"{at}.mlp")
+        self.n_experts = len(down)
+        self._gate_up = kernels.pack(gate_up, kind, paired=True)
+        self._down = kernels.pack(down, kind)
+
+    def _read_gate(self, moe: Moe, read: Read, at: str) -> structs.Gate:
+        weight = read(f"{at}.gate.weight").float()
+        self._gate_weight = torch.zeros(moe.n_experts, padded(self._dim))
+        self._gate_weight[:, : self._dim] = weight
+        self._gate_bias = read(f"{at}.gate.e_score_correction_bias").float().contiguous()
+        return structs.Gate(
+            weight=self._gate_weight.data_ptr(),
+            bias=self._gate_bias.data_ptr(),
+            **{"n_experts": moe.n_experts, "top_k": moe.top_k, "n_groups": moe.n_groups},
+            **{"top_groups": moe.top_groups, "scale": moe.route_scale, "normalise": int(moe.norm_weights)},
+        )
+
+    def __call__(self, residual: Tensor) -> None:
+        k, n, stride = self._kernels, residual.shape[0], residual.stride(0)
+        x = torch.empty(n, stride, dtype=torch.bfloat16)
+        ids = torch.empty(n, self._k, dtype=torch.int32)
+        weights = torch.empty(n, self._k)
+        if self._n_fixed:
+            ids[:, self._k - self._n_fixed :] = torch.arange(self.n_experts - self._n_fixed, self.n_experts)
+            weights[:, self._k - self._n_fixed :] = 1.0
+        k.library.norm_and_route(
+            *(k.pool, residual.data_ptr(), stride, self._norm.data_ptr(), self._eps, self._dim, n),
+            *(x.data_ptr(), stride, self._gate, ids.data_ptr(), weights.data_ptr(), self._k),
+        )
+        k.library.experts(
+            *(k.pool, x.data_ptr(), stride, ids.data_ptr(), weights.data_ptr(), residual.data_ptr(), stride),
+            *(n, self._k, self.n_experts, self._gate_up.matrix, self._down.matrix),
+        )
+
+
+class Head:
+    """Logits of rows of the residual."""
+
+    def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, kind: Kind) -> None:
+        self._kernels, self._dim, self._eps, self._vocab = kernels, spec.dim, spec.norm_eps, spec.vocab
+        self._norm = read("model.norm.weight").float()
+        name = "model.embed_tokens.weight" if spec.tied_head else "lm_head.weight"
+        self._packed = kernels.pack([read(name)], kind)
+
+    def __call__(self, residual_RD: Tensor) -> Tensor:
+        """float32 [R, V] from float32 rows [R, stride]."""
+        k, n, stride = self._kernels, residual_RD.shape[0], residual_RD.stride(0)
+        x = torch.empty(n, stride, dtype=torch.bfloat16)
+        logits = torch.empty(n, self._vocab)
+        k.library.norm_and_route(
+            *(k.pool, residual_RD.data_ptr(), stride, self._norm.data_ptr(), self._eps, self._dim, n),
+            *(x.data_ptr(), stride, None, None, None, 0),
+        )
+        k.library.linear_float(k.pool, self._packed.matrix, x.data_ptr(), n, stride, logits.data_ptr(), self._vocab)
+        return logits
+
+
+def _experts(moe: Moe | None, spec: ModelSpec, read: Read, at: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Gate and up stacked [2 F, D], and down [D, F], of every expert: routed ones, then shared ones."""
+    if moe is None:
+        gate, up, down = (read(f"{at}.{name}_proj.weight") for name in ("gate", "up", "down"))
+        return [torch.cat([gate, up])], [down]
+    gate, up, down = (read(f"{at}.experts.*.{name}_proj.weight") for name in ("gate", "up", "down"))
+    gate_up, downs = [torch.cat(pair) for pair in zip(gate, up, strict=True)], list(down)
+    if moe.n_shared:
+        gate, up, down = (read(f"{at}.shared_experts.{name}_proj.weight") for name in ("gate", "up", "down"))
+        gate_up += [torch.cat(pair) for pair in zip(gate.split(moe.ffn), up.split(moe.ffn), strict=True)]
+        downs += [part.contiguous() for part in down.split(moe.ffn, dim=1)]
+    return gate_up, downs

@@ -1,0 +1,69 @@
+"""Weights in the kernels' own layout, on large pages. tiles.h decides layout and padding; this finds the memory."""
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from brigade.kernels.cpu.structs import Matrix
+
+Kind = Literal["bf16", "int8"]
+KINDS: dict[Kind, int] = {"bf16": 0, "int8": 1}
+GROUP = 64
+STEP = 256
+INS_PER_STEP = {"bf16": 2, "int8": 4}
+LARGE_PAGE = 1 << 21
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Matrices of equal shape, packed one behind the other, and the memory that `matrix` points into."""
+
+    matrix: Matrix
+    memory: tuple[Tensor, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.memory)
+
+
+def pack(library: ctypes.CDLL, weights: Sequence[Tensor], kind: Kind, paired: bool = False) -> Packed:
+    """Pack matrices [outs, ins] for the tiles. `paired`: the first half of the rows is the gate, the second is up."""
+    outs, ins = weights[0].shape
+    n_groups = (_ceil(outs // 2, GROUP // 2) if paired else _ceil(outs, GROUP)) if outs else 0
+    n_bytes = n_groups * _ceil(ins, INS_PER_STEP[kind]) * STEP
+    n = len(weights)
+    data = large_pages(n * n_bytes)
+    n_scales = n * n_groups * GROUP if kind == "int8" else 0
+    scales, sums = torch.empty(n_scales), torch.empty(n_scales, dtype=torch.int32)
+    first = Matrix(data.data_ptr(), scales.data_ptr(), sums.data_ptr(), outs, ins, KINDS[kind], int(paired))
+    for i, w in enumerate(weights):
+        if w.shape != (outs, ins):
+            raise ValueError(f"matrix {i} is {tuple(w.shape)}, the first one {(outs, ins)}")
+        at = Matrix(
+            data.data_ptr() + i * n_bytes,
+            scales.data_ptr() + 4 * i * n_groups * GROUP,
+            sums.data_ptr() + 4 * i * n_groups * GROUP,
+            *(outs, ins, KINDS[kind], int(paired)),
+        )
+        source = w.to(torch.bfloat16).contiguous()
+        library.pack(source.data_ptr(), ctypes.byref(at))
+    return Packed(first, (data, scales, sums))
+
+
+def large_pages(n_bytes: int) -> Tensor:
+    """Memory on 2 MB pages where the system has them: the decode of one token reads it all, at fewer page look-ups."""
+    area = mmap.mmap(-1, n_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(area, dtype=torch.uint8)
+    start = -whole.data_ptr() % LARGE_PAGE
+    return whole[start : start + n_bytes]
+
+
+def _ceil(n: int, to: int) -> int:
+    return -(-n // to)

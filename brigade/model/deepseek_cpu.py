@@ -1,0 +1,78 @@
+"""DeepSeek-V3's forward pass on the C++ kernels: the same function as deepseek.py, three calls a layer.
+
+Activations are bf16, the residual stream and the logits float32. Every row's result is the same, bit by bit, whatever
+else is in the batch, so no schedule changes the text.
+"""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from brigade.kernels.cpu import structs
+from brigade.kernels.cpu.layers import FeedForward, Head, Kernels, MlaLayer, Read, padded
+from brigade.kernels.cpu.packed import Kind
+from brigade.model import rotary
+from brigade.model.batch import Batch
+from brigade.model.cache import KvCache
+from brigade.spec.model import Mla, ModelSpec
+
+
+class CpuDeepSeek:
+    """The model on one rank. Reads its weights layer by layer; each layer's originals are dropped once it is packed."""
+
+    def __init__(self, spec: ModelSpec, read: Read, kernels: Kernels, kind: Kind) -> None:
+        assert isinstance(spec.attention, Mla)
+        self.spec = spec
+        self.embed = read("model.embed_tokens.weight")
+        scale = rotary.score_scale(spec.rope, spec.attention.qk)
+        self.layers = [
+            (
+                MlaLayer(kernels, spec, read, f"model.layers.{i}", scale, kind),
+                FeedForward(kernels, spec, read, i, kind),
+            )
+            for i in range(spec.n_layers)
+        ]
+        self.head = Head(kernels, spec, read, kind)
+        self.cache: KvCache
+        self.cos: Tensor
+        self.sin: Tensor
+
+    def attach(self, cache: KvCache, context: int) -> None:
+        """Give it its cache, once it is known how much memory the weights left."""
+        self.cache = cache
+        self.cos, self.sin = rotary.table(self.spec.rope, context)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Run one step. Returns float32 logits [R, V] of the rows to sample."""
+        dim = self.spec.dim
+        x_TD = F.embedding(batch.ids_T, self.embed).float()
+        x_TD = F.pad(x_TD, (0, padded(dim) - dim)) if dim % padded(1) else x_TD
+        step, _held = self._step(batch)
+        for i, (attention, feed_forward) in enumerate(self.layers):
+            attention(x_TD, step, self.cache.layers[i])
+            feed_forward(x_TD)
+        return self.head(x_TD[batch.sample_R])
+
+    def _step(self, batch: Batch) -> tuple[structs.Step, object]:
+        """The step as the kernels see it, and what must live as long."""
+        n = len(batch.slices)
+        sequences, pages, first = (structs.Sequence * n)(), list[int](), 0
+        for i, (row, s) in enumerate(batch.slices):
+            sequences[i] = structs.Sequence(row, len(s.tokens), s.start, first)
+            pages += s.pages
+            first += len(s.pages)
+        pages_P = torch.tensor(pages, dtype=torch.int32)
+        cos_TR, sin_TR = self.cos[batch.positions_T], self.sin[batch.positions_T]
+        step = structs.Step(
+            n_tokens=len(batch.ids_T),
+            n_sequences=n,
+            page=self.cache.page,
+            cos=cos_TR.data_ptr(),
+            sin=sin_TR.data_ptr(),
+            slots=batch.slots_T.data_ptr(),
+            sequences=ctypes.addressof(sequences),
+            pages=pages_P.data_ptr(),
+        )
+        return step, (sequences, pages_P, cos_TR, sin_TR)
