@@ -1,0 +1,1 @@
+"""How is each engine driven? One adapter a file, run by that engine's Python: imports only it and stdlib."""
