@@ -10,6 +10,7 @@ expert), head.
 
 import argparse
 import ctypes
+import math
 import statistics
 import sys
 import time
@@ -82,7 +83,7 @@ class Bench:
     def lines(self) -> Iterator[Line]:
         yield from self._experts()
         yield from self._attention()
-        head = Head(self.kernels, self.spec, self._read, self.kind)
+        head = Head(self.kernels, self.spec, self._read, self._read("lm_head.weight"), self.kind)
         for n in (1, 32):
             work = self._product("head", self.spec.vocab * self.spec.dim, n)
             yield Line("head", f"T={n}", work, median(lambda n=n: head(self._residual(n))))  # type: ignore[misc]
@@ -159,7 +160,7 @@ class Bench:
         shape = self.shapes[name]
         if "norm" in name:
             return torch.ones(shape)
-        return (torch.randn(shape) * shape[-1] ** -0.5).bfloat16()
+        return (torch.randn(shape) / math.sqrt(shape[-1])).bfloat16()
 
     def _residual(self, n: int) -> Tensor:
         x = torch.zeros(n, padded(self.spec.dim))

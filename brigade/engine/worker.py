@@ -16,8 +16,8 @@ from brigade.kernels.cpu.layers import Kernels, unsupported
 from brigade.model.batch import build
 from brigade.model.cache import KvCache
 from brigade.model.deepseek import DeepSeek
-from brigade.model.deepseek_cpu import CpuDeepSeek
 from brigade.model.dense import Dense
+from brigade.model.on_cpu_kernels import CpuModel
 from brigade.model.sampling import BROKEN, Choice, History, choose
 from brigade.model.weights import Checkpoint
 from brigade.spec.config import read_spec
@@ -26,7 +26,7 @@ from brigade.spec.sampling import SamplingParams
 
 log = logging.getLogger("brigade.worker")
 
-Model = DeepSeek | Dense | CpuDeepSeek
+Model = DeepSeek | Dense | CpuModel
 MODELS: dict[str, type[DeepSeek] | type[Dense]] = {
     "DeepseekV3ForCausalLM": DeepSeek,
     "LlamaForCausalLM": Dense,
@@ -124,4 +124,4 @@ def _read(
         return MODELS[spec.architecture](spec, checkpoint.load(dtype, progress))
     torch.set_num_threads(1)  # the kernels' own threads do the work
     kernels = Kernels(computing.library, threads)
-    return CpuDeepSeek(spec, checkpoint.reader(dtype, progress), kernels, computing.kind)
+    return CpuModel(spec, checkpoint.reader(dtype, progress), kernels, computing.kind)

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from brigade.engine.worker import Worker
 from brigade.spec.sampling import SamplingParams
 from tests.model.checkpoints import VOCAB
 from tests.model.driving import generate, load
@@ -25,8 +26,11 @@ def workload(rng: random.Random) -> tuple[list[list[int]], list[int]]:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_schedule_changes_the_text(checkpoint, kind: str, seed: int) -> None:
+    assert_no_schedule_changes_the_text(load(checkpoint(kind)[0]), seed)
+
+
+def assert_no_schedule_changes_the_text(worker: Worker, seed: int) -> None:
     rng = random.Random(seed)
-    worker = load(checkpoint(kind)[0])
     prompts, lengths = workload(rng)
     alone = [generate(worker, [p], [n])[0][0] for p, n in zip(prompts, lengths, strict=True)]
     eos = Counter(t for text in alone for t in text).most_common(1)[0][0]

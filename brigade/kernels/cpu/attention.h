@@ -132,13 +132,12 @@ class Attention {
     }
   }
 
-  // The finished rows, as bf16, to out: [tokens][heads][out_stride].
-  void store(int64_t first_row, bf16* out, int64_t out_stride) const {
-    const int64_t n_heads = heads_.n_kv * heads_.group;
+  // The finished rows, as bf16, to out + token * token_stride + head * head_stride.
+  void store(int64_t first_row, bf16* out, int64_t token_stride, int64_t head_stride) const {
     for (int lane = 0; lane < n_; lane++) {
       const int64_t i = first_row + lane;
       const int64_t token = i / heads_.group, head = kv_head_ * heads_.group + i % heads_.group;
-      bf16* to = out + ((sequence_.row + token) * n_heads + head) * out_stride;
+      bf16* to = out + (sequence_.row + token) * token_stride + head * head_stride;
       const __m512 inverse = _mm512_set1_ps(1.f / total_.sum[lane]);
       for (int64_t d = 0; d < heads_.value_width; d += 16)
         store_bf16(to + d, _mm512_mul_ps(_mm512_loadu_ps(total_.out + lane * width_ + d), inverse),

@@ -2,21 +2,13 @@
 // job for the pool. Rows of activations are padded with zeros to a multiple of 64 numbers. Struct layouts: structs.py.
 #include "attention.h"
 #include "experts.h"
+#include "phases.h"
 #include "pool.h"
 #include "quantize.h"
 #include "rows.h"
 #include "tiles.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-
-// What one step runs: tokens in slices, their positions' rotary tables, and where their cache rows go.
-struct Step {
-  int64_t n_tokens, n_sequences, page;
-  const float *cos, *sin;     // [tokens][rope / 2]
-  const int64_t* slots;       // [tokens]
-  const Sequence* sequences;  // in the order of their rows
-  const int32_t* pages;
-};
 
 // Latent attention of one layer, in absorbed form.
 struct Mla {
@@ -28,6 +20,15 @@ struct Mla {
   int64_t dim, n_heads, q_rank, kv_rank, nope, rope, v;
   float eps, latent_eps, scale;
   int32_t interleaved;
+};
+
+// Grouped-query attention of one layer. A cache row is all key heads, then all value heads.
+struct Gqa {
+  const float *norm, *bias;  // bias: of q, k and v, or null
+  Matrix qkv;                // all query heads, all key heads, all value heads
+  Matrix out;
+  int64_t dim, n_kv, group, head_dim;  // group: query heads of a key head
+  float eps, scale;
 };
 
 EXPORT Pool* pool_new(int32_t n_threads) { return new Pool(n_threads); }
@@ -51,9 +52,10 @@ EXPORT void pack(const bf16* w, const Matrix* m) {
     for (int n = 0; n < GROUP; n++) {
       const bf16* row = source(g, n);
       char* to = (char*)m->group(g) + 4 * n;
-      float most = 0;
+      bf16 largest = 0;  // bits of a magnitude: in their order, and what is not a number comes last
       if (row && m->kind == INT8)
-        for (int64_t k = 0; k < m->ins; k++) most = std::max(most, std::fabs(to_float(row[k])));
+        for (int64_t k = 0; k < m->ins; k++) largest = std::max<bf16>(largest, row[k] & 0x7fff);
+      const float most = to_float(largest);
       const float inverse = most > 0 ? 127.f / most : 0;
       int32_t sum = 0;
       for (int64_t step = 0; step < m->n_steps(); step++, to += STEP)
@@ -77,49 +79,10 @@ EXPORT void pack(const bf16* w, const Matrix* m) {
 
 // ---- Linear layers
 
-// Phases for out = x W^T: quantisation of the rows if the weights are int8, then the groups.
-template <class OutFrom>
-struct Linear {
-  Pool& pool;
-  const Matrix& w;
-  const bf16* x;
-  int64_t n, stride;
-  OutFrom out_from;
-  Quantized q;
-
-  void operator()(int64_t g) {
-    const char* next = w.group(std::min(g + pool.n_threads(), w.n_groups() - 1));
-    if (w.kind == BF16)
-      multiply_group<BF16>(
-          w, g, n, next,
-          [&](int64_t i, int count, Rows& rows) {
-            for (int m = 0; m < count; m++) rows.at[m] = (const char*)(x + (i + m) * stride);
-          },
-          out_from);
-    else
-      multiply_group<INT8>(
-          w, g, n, next,
-          [&](int64_t i, int count, Rows& rows) {
-            for (int m = 0; m < count; m++) q.give(i + m, rows, m);
-          },
-          out_from);
-  }
-};
-
-template <class OutFrom>
-static Linear<OutFrom> linear(Pool& pool, const Matrix& w, const bf16* x, int64_t n, int64_t stride, Cutter& memory,
-                              OutFrom out_from) {
-  Quantized q;
-  if (w.kind == INT8) q = Quantized(memory, n, w.ins);
-  return Linear<OutFrom>{pool, w, x, n, stride, out_from, q};
-}
-
 // y = x W^T: x [n][stride] bf16, y [n][y_stride] float.
 EXPORT void linear_float(Pool* pool, const Matrix* w, const bf16* x, int64_t n, int64_t stride, float* y, int64_t y_stride) {
   static Buffer buffer;
-  Cutter size{nullptr}, memory{nullptr};
-  if (w->kind == INT8) Quantized(size, n, w->ins);
-  memory.at = buffer.get(size.used + 64);
+  Cutter memory{buffer.get(linear_bytes(*w, n) + 64)};
   auto f = linear(*pool, *w, x, n, stride, memory, [=](int64_t i) { return StoreFloat{y + i * y_stride, y_stride, w->outs}; });
   auto quantize = [&](int64_t i) { f.q.take(i, x + i * stride); };
   Pool::Job& job = pool->open();
@@ -130,118 +93,21 @@ EXPORT void linear_float(Pool* pool, const Matrix* w, const bf16* x, int64_t n, 
 
 // ---- Attention
 
-// Which query rows a task computes. A task of one split leaves a partial result; one of all splits (-1) a finished row.
-struct AttentionTask {
-  int64_t sequence, kv_head, first_row, n, split;
-};
-
-template <int LANES>
-static void attention_tasks(const Heads& h, const Step& s, int n_threads, std::vector<AttentionTask>& tasks) {
-  tasks.clear();
-  for (int64_t i = 0; i < s.n_sequences; i++) {
-    const int64_t rows = s.sequences[i].n * h.group;
-    for (int64_t kv = 0; kv < h.n_kv; kv++)
-      for (int64_t r = 0; r < rows; r += LANES) tasks.push_back({i, kv, r, std::min<int64_t>(LANES, rows - r), -1});
-  }
-  if ((int64_t)tasks.size() >= 4 * n_threads || n_threads == 1) return;
-  // Too few tasks for the threads: one for each split. Folded in order, they give what one task gives.
-  std::vector<AttentionTask> cut;
-  for (const AttentionTask& t : tasks) {
-    const Sequence& q = s.sequences[t.sequence];
-    const int64_t n_keys = q.start + (t.first_row + t.n - 1) / h.group + 1;
-    const int64_t n_splits = (n_keys + SPLIT - 1) / SPLIT;
-    for (int64_t i = 0; i < n_splits; i++) cut.push_back({t.sequence, t.kv_head, t.first_row, t.n, n_splits == 1 ? -1 : i});
-  }
-  tasks.swap(cut);
-}
-
-// The two phases of attention over the rows q [tokens][heads][q_stride], into out [tokens][heads][out_stride].
-template <int LANES>
-struct AttentionPhases {
-  const Heads& heads;
-  const Step& step;
-  Cache cache;
-  const bf16* q;
-  bf16* out;
-  int64_t q_stride, out_stride;
-  std::vector<AttentionTask> tasks;
-  Buffer& partial_memory;
-  char* partials = nullptr;
-  int64_t partial_bytes = 0;
-
-  void plan(int n_threads) {
-    attention_tasks<LANES>(heads, step, n_threads, tasks);
-    const bool any = std::any_of(tasks.begin(), tasks.end(), [](const AttentionTask& t) { return t.split >= 0; });
-    partial_bytes = (int64_t)sizeof(float) * LANES * (2 + round_up(heads.value_width, GROUP));
-    partials = any ? partial_memory.get(tasks.size() * partial_bytes) : nullptr;
-  }
-
-  float* partial(int64_t task) const { return (float*)(partials + task * partial_bytes); }
-
-  void compute(int64_t i) const {
-    const AttentionTask& t = tasks[i];
-    Attention<LANES> a(heads, cache);
-    a.load(step.sequences[t.sequence], t.kv_head, q, q_stride, t.first_row, t.n);
-    if (t.split >= 0) {
-      a.run_split(t.split);
-      float* p = partial(i);
-      memcpy(p, a.split().most, sizeof(float) * LANES);
-      memcpy(p + LANES, a.split().sum, sizeof(float) * LANES);
-      memcpy(p + 2 * LANES, a.split().out, sizeof(float) * t.n * a.width());
-      return;
-    }
-    a.clear_total();
-    for (int64_t split = 0; split < a.n_splits(a.n_keys()); split++) {
-      a.run_split(split);
-      a.fold_split();
-    }
-    a.store(t.first_row, out, out_stride);
-  }
-
-  // The first split's task folds all splits of its rows.
-  void fold(int64_t i) const {
-    const AttentionTask& t = tasks[i];
-    if (t.split != 0) return;
-    Attention<LANES> a(heads, cache);
-    a.load(step.sequences[t.sequence], t.kv_head, q, q_stride, t.first_row, t.n);
-    a.clear_total();
-    for (int64_t j = i; j < (int64_t)tasks.size() && tasks[j].split == j - i; j++) {
-      const float* p = partial(j);
-      a.fold(p, p + LANES, p + 2 * LANES);
-    }
-    a.store(t.first_row, out, out_stride);
-  }
-};
-
 // Attention alone, for tests and benches: q [tokens][heads][q_stride] scaled, out [tokens][heads][out_stride].
-template <int LANES>
-static void run_attention(Pool& pool, const Heads& heads, const Step& step, const bf16* cache, const bf16* q, int64_t q_stride,
-                          bf16* out, int64_t out_stride) {
-  static Buffer partials;
-  AttentionPhases<LANES> a{heads, step, Cache{cache, step.page, step.pages}, q, out, q_stride, out_stride, {}, partials};
-  a.plan(pool.n_threads());
-  auto compute = [&](int64_t i) { a.compute(i); };
-  auto fold = [&](int64_t i) { a.fold(i); };
-  Pool::Job& job = pool.open();
-  job.phase(a.tasks.size(), compute);
-  job.phase(a.partials ? a.tasks.size() : 0, fold);
-  pool.run(job);
-}
-
-// Lanes for a step: many where rows of one key head are many, few where a decode has few heads.
-static int lanes_for(const Heads& h, const Step& s) {
-  int64_t most = 0;
-  for (int64_t i = 0; i < s.n_sequences; i++) most = std::max(most, s.sequences[i].n * h.group);
-  return most > 32 ? 64 : most > 16 ? 32 : 16;
-}
-
 EXPORT void attention(Pool* pool, const Heads* heads, const Step* step, const bf16* cache, const bf16* q, int64_t q_stride,
                       bf16* out, int64_t out_stride) {
-  switch (lanes_for(*heads, *step)) {
-    case 16: return run_attention<16>(*pool, *heads, *step, cache, q, q_stride, out, out_stride);
-    case 32: return run_attention<32>(*pool, *heads, *step, cache, q, q_stride, out, out_stride);
-    default: return run_attention<64>(*pool, *heads, *step, cache, q, q_stride, out, out_stride);
-  }
+  static Buffer partials;
+  const QueryRows rows{q, q_stride, out, heads->n_kv * heads->group * out_stride, out_stride};
+  with_lanes(*heads, *step, [&](auto lanes) {
+    AttentionPhases<lanes> a{*heads, *step, Cache{cache, step->page, step->pages}, rows, {}, partials};
+    a.plan(pool->n_threads());
+    auto compute = [&](int64_t i) { a.compute(i); };
+    auto fold = [&](int64_t i) { a.fold(i); };
+    Pool::Job& job = pool->open();
+    job.phase(a.tasks.size(), compute);
+    job.phase(a.partials ? a.tasks.size() : 0, fold);
+    pool->run(job);
+  });
 }
 
 // residual += attention(norm(residual)). `cache`: this layer's pages, rows of kv_rank + rope numbers, written here.
@@ -268,9 +134,8 @@ EXPORT void mla(Pool* pool, const Mla* layer, const Step* step, float* residual,
     values = c.take<bf16>(T * value_stride);
     return c;
   };
-  auto quantized_bytes = [&](const Matrix& w) { Cutter c{nullptr}; if (w.kind == INT8) Quantized(c, T, w.ins); return c.used; };
-  const size_t own = cut(Cutter{nullptr}).used;
-  Cutter memory = cut(Cutter{buffer.get(own + quantized_bytes(a.down) + quantized_bytes(a.q_up) + quantized_bytes(a.out) + 256)});
+  const size_t bytes = cut(Cutter{nullptr}).used + linear_bytes(a.down, T) + linear_bytes(a.q_up, T) + linear_bytes(a.out, T);
+  Cutter memory = cut(Cutter{buffer.get(bytes + 256)});
 
   auto normalise = [&](int64_t t) { rms_norm(residual + t * stride, a.norm, a.eps, a.dim, x + t * x_stride); };
 
@@ -320,18 +185,8 @@ EXPORT void mla(Pool* pool, const Mla* layer, const Step* step, float* residual,
   auto expand = [&](int64_t task) { per_head(a.value, task, latents, latent_stride, values, value_stride, a.v); };
 
   const Heads heads{1, H, 0, row_width, 0, a.kv_rank, row_width, 0, 0};
-  static Buffer partials;
-  auto with_lanes = [&](auto lanes) {
-    AttentionPhases<lanes> phases{heads, *step, Cache{cache, step->page, step->pages}, queries, latents, latent_stride, latent_stride, {}, partials};
-    phases.plan(pool->n_threads());
-    auto compute = [&](int64_t i) { phases.compute(i); };
-    auto fold = [&](int64_t i) { phases.fold(i); };
-    auto clear_pads = [&](int64_t t) {
-      for (int64_t i = H * a.v; i < value_stride; i++) values[t * value_stride + i] = 0;
-    };
-    auto out = linear(*pool, a.out, values, T, value_stride, memory, [&](int64_t i) { return AddFloat{residual + i * stride, stride, a.dim}; });
-    auto quantize_values = [&](int64_t t) { out.q.take(t, values + t * value_stride); };
-    Pool::Job& job = pool->open();
+  const QueryRows rows{queries, latent_stride, latents, H * latent_stride, latent_stride};
+  auto prepare = [&](Pool::Job& job) {
     job.phase(T, normalise);
     if (a.down.kind == INT8) job.phase(T, quantize_x);
     job.phase(a.down.n_groups(), down);
@@ -340,19 +195,56 @@ EXPORT void mla(Pool* pool, const Mla* layer, const Step* step, float* residual,
     if (lora) job.phase(a.q_up.n_groups(), up);
     job.phase(T, split_query);
     job.phase(H * a.key.n_groups(), absorb);
-    job.phase(phases.tasks.size(), compute);
-    if (phases.partials) job.phase(phases.tasks.size(), fold);
-    job.phase(H * a.value.n_groups(), expand);
-    job.phase(T, clear_pads);
-    if (a.out.kind == INT8) job.phase(T, quantize_values);
-    job.phase(a.out.n_groups(), out);
-    pool->run(job);
   };
-  switch (lanes_for(heads, *step)) {
-    case 16: return with_lanes(std::integral_constant<int, 16>{});
-    case 32: return with_lanes(std::integral_constant<int, 32>{});
-    default: return with_lanes(std::integral_constant<int, 64>{});
-  }
+  auto finish = [&](Pool::Job& job) { job.phase(H * a.value.n_groups(), expand); };
+  attend(*pool, heads, *step, cache, rows, a.out, values, residual, stride, memory, prepare, finish);
+}
+
+// The same for grouped-query attention. Rows of `cache` hold 2 * n_kv * head_dim numbers.
+EXPORT void gqa(Pool* pool, const Gqa* layer, const Step* step, float* residual, int64_t stride, bf16* cache) {
+  if (!step->n_tokens) return;
+  const Gqa& a = *layer;
+  const int64_t T = step->n_tokens, H = a.n_kv * a.group, D = a.head_dim, kv_width = a.n_kv * D;
+  const int64_t x_stride = round_up(a.dim, 64), qkv_stride = round_up(a.qkv.outs, 64), value_stride = round_up(a.out.ins, 64);
+  static Buffer buffer;
+  bf16 *x, *queries, *values;
+  float* qkv;
+  auto cut = [&](Cutter c) {
+    x = c.take<bf16>(T * x_stride);
+    qkv = c.take<float>(T * qkv_stride);
+    queries = c.take<bf16>(T * H * D);
+    values = c.take<bf16>(T * value_stride);
+    return c;
+  };
+  const size_t bytes = cut(Cutter{nullptr}).used + linear_bytes(a.qkv, T) + linear_bytes(a.out, T);
+  Cutter memory = cut(Cutter{buffer.get(bytes + 256)});
+
+  auto normalise = [&](int64_t t) { rms_norm(residual + t * stride, a.norm, a.eps, a.dim, x + t * x_stride); };
+
+  auto project = linear(*pool, a.qkv, x, T, x_stride, memory,
+                        [&](int64_t i) { return StoreFloat{qkv + i * qkv_stride, qkv_stride, a.qkv.outs}; });
+  auto quantize_x = [&](int64_t t) { project.q.take(t, x + t * x_stride); };
+
+  auto split = [&](int64_t t) {
+    float *q = qkv + t * qkv_stride, *k = q + H * D, *v = k + kv_width;
+    if (a.bias)
+      for (int64_t i = 0; i < a.qkv.outs; i++) q[i] += a.bias[i];
+    const float *cos = step->cos + t * D / 2, *sin = step->sin + t * D / 2;
+    for (int64_t h = 0; h < H; h++) rotate(q + h * D, cos, sin, false, a.scale, D, queries + (t * H + h) * D);
+    bf16* to = cache + step->slots[t] * 2 * kv_width;
+    for (int64_t h = 0; h < a.n_kv; h++) rotate(k + h * D, cos, sin, false, 1.f, D, to + h * D);
+    for (int64_t i = 0; i < kv_width; i++) to[kv_width + i] = to_bf16(v[i]);
+  };
+
+  const Heads heads{a.n_kv, a.group, 0, D, kv_width, D, 2 * kv_width, D, D};
+  const QueryRows rows{queries, D, values, value_stride, D};
+  auto prepare = [&](Pool::Job& job) {
+    job.phase(T, normalise);
+    if (a.qkv.kind == INT8) job.phase(T, quantize_x);
+    job.phase(a.qkv.n_groups(), project);
+    job.phase(T, split);
+  };
+  attend(*pool, heads, *step, cache, rows, a.out, values, residual, stride, memory, prepare, [](Pool::Job&) {});
 }
 
 // ---- Feed-forward

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from brigade.kernels.cpu import structs
 from brigade.kernels.cpu.packed import GROUP, Kind, Packed, pack
-from brigade.spec.model import Mla, ModelSpec, Moe
+from brigade.spec.model import Gqa, Mla, ModelSpec, Moe
 
 Read = Callable[[str], Tensor]
 MOST_LATENT = 1 << 14
@@ -24,17 +24,16 @@ LATENT_NORM_EPS = 1e-6
 def unsupported(spec: ModelSpec) -> str | None:
     """Why the kernels cannot run this model, or None if they can."""
     a, m = spec.attention, spec.moe
-    if not isinstance(a, Mla):
-        return f"{spec.architecture} has no latent attention"
-    if any(n % 2 for n in (a.kv_rank, a.nope, a.rope, a.v)):
+    widths = (a.head_dim,) if isinstance(a, Gqa) else (a.kv_rank, a.nope, a.rope, a.v)
+    if any(n % 2 for n in widths):
         return "a width of its attention is odd"
-    if a.kv_rank > MOST_LATENT or (m is not None and m.n_groups > MOST_GROUPS):
+    if (isinstance(a, Mla) and a.kv_rank > MOST_LATENT) or (m is not None and m.n_groups > MOST_GROUPS):
         return "its latent or its number of expert groups is too large"
     return None
 
 
 class Kernels:
-    """The library and its threads. One caller at a time."""
+    """The library and its threads, which live as long as the process. One caller at a time."""
 
     def __init__(self, path: Path, n_threads: int) -> None:
         self.library = structs.open_library(path)
@@ -89,6 +88,33 @@ class MlaLayer:
         k.library.mla(k.pool, self._struct, step, residual.data_ptr(), residual.stride(0), cache_PSW.data_ptr())
 
 
+class GqaLayer:
+    """residual += grouped-query attention of the normalised residual."""
+
+    def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, at: str, scale: float, kind: Kind) -> None:
+        a = spec.attention
+        assert isinstance(a, Gqa)
+        self._kernels = kernels
+        mine, names = f"{at}.self_attn", ("q_proj", "k_proj", "v_proj")
+        self._norm = read(f"{at}.input_layernorm.weight").float()
+        self._bias = torch.cat([read(f"{mine}.{name}.bias").float() for name in names]) if a.qkv_bias else None
+        self._packed = {
+            "qkv": kernels.pack([torch.cat([read(f"{mine}.{name}.weight") for name in names])], kind),
+            "out": kernels.pack([read(f"{mine}.o_proj.weight")], kind),
+        }
+        self._struct = structs.Gqa(
+            norm=self._norm.data_ptr(),
+            bias=self._bias.data_ptr() if self._bias is not None else None,
+            **{name: packed.matrix for name, packed in self._packed.items()},
+            **{"dim": spec.dim, "n_kv": a.n_kv_heads, "group": a.n_heads // a.n_kv_heads, "head_dim": a.head_dim},
+            **{"eps": spec.norm_eps, "scale": scale},
+        )
+
+    def __call__(self, residual: Tensor, step: structs.Step, cache_PSW: Tensor) -> None:
+        k = self._kernels
+        k.library.gqa(k.pool, self._struct, step, residual.data_ptr(), residual.stride(0), cache_PSW.data_ptr())
+
+
 class FeedForward:
     """residual += feed-forward of the normalised residual: routed and shared experts, or one plain network.
 
@@ -139,13 +165,12 @@ class FeedForward:
 
 
 class Head:
-    """Logits of rows of the residual."""
+    """Logits of rows of the residual. `weight`: [vocab, dim]."""
 
-    def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, kind: Kind) -> None:
+    def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, weight: Tensor, kind: Kind) -> None:
         self._kernels, self._dim, self._eps, self._vocab = kernels, spec.dim, spec.norm_eps, spec.vocab
         self._norm = read("model.norm.weight").float()
-        name = "model.embed_tokens.weight" if spec.tied_head else "lm_head.weight"
-        self._packed = kernels.pack([read(name)], kind)
+        self._packed = kernels.pack([weight], kind)
 
     def __call__(self, residual_RD: Tensor) -> Tensor:
         """float32 [R, V] from float32 rows [R, stride]."""

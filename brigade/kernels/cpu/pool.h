@@ -106,7 +106,7 @@ class Pool {
   }
 
   void help() {
-    uint64_t seen = posted_.load();
+    uint64_t seen = 0;  // not posted_: a thread that starts late must not take the closing for seen
     while (true) {
       uint64_t now;
       for (int spins = 0; (now = posted_.load(std::memory_order_acquire)) == seen;) {

@@ -20,9 +20,13 @@ struct Quantized {
   // Row i from `width` numbers at x.
   template <class T>
   void take(int64_t i, const T* x) {
-    __m512 largest = _mm512_setzero_ps();
-    for (int64_t k = 0; k < width; k += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(load_any(x + k)));
-    const float most = _mm512_reduce_max_ps(largest);
+    // Compared as integers, magnitudes keep their order and what is not a number comes last: it must not be lost.
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t k = 0; k < width; k += 16)
+      largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(load_any(x + k))));
+    const int32_t bits = _mm512_reduce_max_epi32(largest);
+    float most;
+    memcpy(&most, &bits, 4);
     const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.f / most : 0.f);
     for (int64_t k = 0; k < width; k += 16) {
       const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load_any(x + k), inverse));

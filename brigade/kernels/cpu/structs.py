@@ -56,6 +56,15 @@ class Mla(ctypes.Structure):
     )
 
 
+class Gqa(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("norm", "bias")),
+        *((name, Matrix) for name in ("qkv", "out")),
+        *((name, c_int64) for name in ("dim", "n_kv", "group", "head_dim")),
+        *((name, c_float) for name in ("eps", "scale")),
+    )
+
+
 class Gate(ctypes.Structure):
     _fields_ = (
         ("weight", c_void_p),
@@ -73,6 +82,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "linear_float": (_P, POINTER(Matrix), _P, _L, _L, _P, _L),
     "attention": (_P, POINTER(Heads), POINTER(Step), _P, _P, _L, _P, _L),
     "mla": (_P, POINTER(Mla), POINTER(Step), _P, _L, _P),
+    "gqa": (_P, POINTER(Gqa), POINTER(Step), _P, _L, _P),
     "norm_and_route": (_P, _P, _L, _P, c_float, _L, _L, _P, _L, POINTER(Gate), _P, _P, _L),
     "experts": (_P, _P, _L, _P, _P, _P, _L, _L, _L, _L, POINTER(Matrix), POINTER(Matrix)),
 }

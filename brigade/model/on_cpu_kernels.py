@@ -1,4 +1,4 @@
-"""DeepSeek-V3's forward pass on the C++ kernels: the same function as deepseek.py, three calls a layer.
+"""The models' forward pass on the C++ kernels: the same functions as deepseek.py and dense.py, three calls a layer.
 
 Activations are bf16, the residual stream and the logits float32. Every row's result is the same, bit by bit, whatever
 else is in the batch, so no schedule changes the text.
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brigade.kernels.cpu import structs
-from brigade.kernels.cpu.layers import FeedForward, Head, Kernels, MlaLayer, Read, padded
+from brigade.kernels.cpu.layers import FeedForward, GqaLayer, Head, Kernels, MlaLayer, Read, padded
 from brigade.kernels.cpu.packed import Kind
 from brigade.model import rotary
 from brigade.model.batch import Batch
@@ -19,22 +19,23 @@ from brigade.model.cache import KvCache
 from brigade.spec.model import Mla, ModelSpec
 
 
-class CpuDeepSeek:
+class CpuModel:
     """The model on one rank. Reads its weights layer by layer; each layer's originals are dropped once it is packed."""
 
     def __init__(self, spec: ModelSpec, read: Read, kernels: Kernels, kind: Kind) -> None:
-        assert isinstance(spec.attention, Mla)
-        self.spec = spec
+        self.spec, a = spec, spec.attention
         self.embed = read("model.embed_tokens.weight")
-        scale = rotary.score_scale(spec.rope, spec.attention.qk)
+        attention = MlaLayer if isinstance(a, Mla) else GqaLayer
+        scale = rotary.score_scale(spec.rope, a.qk if isinstance(a, Mla) else a.head_dim)
         self.layers = [
             (
-                MlaLayer(kernels, spec, read, f"model.layers.{i}", scale, kind),
+                attention(kernels, spec, read, f"model.layers.{i}", scale, kind),
                 FeedForward(kernels, spec, read, i, kind),
             )
             for i in range(spec.n_layers)
         ]
-        self.head = Head(kernels, spec, read, kind)
+        head = self.embed if spec.tied_head else read("lm_head.weight")
+        self.head = Head(kernels, spec, read, head, kind)
         self.cache: KvCache
         self.cos: Tensor
         self.sin: Tensor
