@@ -27,6 +27,7 @@ WAYS = {
     "float32, torch": EngineConfig(dtype="float32"),
     "bf16, C++ kernels": EngineConfig(weights="bf16"),
     "int8, C++ kernels": EngineConfig(weights="int8"),
+    "int4 experts, C++ kernels": EngineConfig(weights="int4"),
 }
 
 

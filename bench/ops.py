@@ -56,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.ops", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--kind", choices=("bf16", "int8"), default="bf16")
+    parser.add_argument("--kind", choices=("bf16", "int8", "int4"), default="bf16")
     options = parser.parse_args()
     library = find_library(read_cpu().features)
     if not isinstance(library, Built):

@@ -50,7 +50,10 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Model name for clients. Default: the folder's name.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = _ENGINE.dtype,
     weights: Annotated[
-        str, typer.Option(help="auto, bf16, or int8: experts and large layers quantised while loading.")
+        str,
+        typer.Option(
+            help="auto, bf16, or quantised while loading: int8, or int4 (experts; attention and head are then int8)."
+        ),
     ] = _ENGINE.weights,
     max_context: Annotated[
         int, typer.Option(help="Positions a request may have; 0: the model's, or what fits into the cache.")

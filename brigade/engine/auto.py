@@ -63,8 +63,9 @@ def computing(config: EngineConfig, spec: ModelSpec, machine: Machine, library: 
     and greedy text must not depend on who else is served.
     """
     if library is not None and config.dtype in ("auto", "bfloat16"):
-        kind: Kind = "int8" if config.weights == "int8" else "bf16"
-        return Computing("bfloat16", kind, library, f"C++ kernels, {kind} weights, bf16 activations")
+        kind: Kind = "bf16" if config.weights == "auto" else config.weights
+        what = "int4 experts and feed-forward layers, int8 attention and head" if kind == "int4" else f"{kind} weights"
+        return Computing("bfloat16", kind, library, f"C++ kernels, {what}, bf16 activations")
     if config.weights != "auto":
         raise ValueError(f"weights {config.weights} need the C++ kernels, which cannot be used: {why_not}")
     without = f"torch, since {why_not}" if why_not else "torch"

@@ -6,8 +6,8 @@ from typing import Literal
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
-Kind = Literal["bf16", "int8"]
-Weights = Literal["auto", "bf16", "int8"]
+Kind = Literal["bf16", "int8", "int4"]
+Weights = Literal["auto", "bf16", "int8", "int4"]
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo"
 """The bundled demo model: a real, small DeepSeek-V3-architecture mixture of experts."""
@@ -21,7 +21,10 @@ class EngineConfig:
     dtype: Dtype = "auto"
     """Type of weights, activations and cache while computing."""
     weights: Weights = "auto"
-    """Type of the experts' and the large layers' weights: bf16, or int8 quantised while loading (C++ kernels only)."""
+    """Type of the experts' and the large layers' weights: bf16, or quantised while loading (C++ kernels only).
+
+    int4 is that of experts and feed-forward layers; attention and head are int8 beside it.
+    """
     max_context: int = 0
     """Positions a request may have; 0: the model's context, or less if the cache is smaller."""
     kv_bytes: int = 0
@@ -61,8 +64,8 @@ class EngineConfig:
                 raise ValueError(f"{name} must be between {low} and {high}, not {value}")
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ValueError(f"dtype must be auto, bfloat16, float16 or float32, not {self.dtype!r}")
-        if self.weights not in ("auto", "bf16", "int8"):
-            raise ValueError(f"weights must be auto, bf16 or int8, not {self.weights!r}")
+        if self.weights not in ("auto", "bf16", "int8", "int4"):
+            raise ValueError(f"weights must be auto, bf16, int8 or int4, not {self.weights!r}")
         if self.weights != "auto" and self.dtype not in ("auto", "bfloat16"):
             raise ValueError(f"weights {self.weights} are computed in bfloat16; leave dtype at auto, not {self.dtype}")
         if self.max_step_tokens < self.max_running:

@@ -29,6 +29,10 @@ def test_the_kernels_are_used_where_they_are_and_torch_says_why_not_elsewhere() 
     got = auto.computing(EngineConfig(), SPEC, Machine(2, GIB), LIBRARY, "")
     assert (got.dtype, got.kind, got.library) == ("bfloat16", "bf16", LIBRARY)
     assert auto.computing(EngineConfig(weights="int8"), SPEC, Machine(2, GIB), LIBRARY, "").kind == "int8"
+    int4 = auto.computing(EngineConfig(weights="int4"), SPEC, Machine(2, GIB), LIBRARY, "")
+    assert int4.kind == "int4"
+    assert "int4 experts" in int4.note
+    assert "int8 attention" in int4.note
     assert auto.computing(EngineConfig(dtype="float32"), SPEC, Machine(2, GIB), LIBRARY, "").library is None
     assert "no compiler" in on_torch(EngineConfig(), Machine(2, GIB)).note
 

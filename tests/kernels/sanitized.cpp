@@ -221,6 +221,7 @@ int main() {
     }
     run_attention_alone(pool);
     run_norm_and_route(pool);
+    run_experts(pool, INT4);
     pool_free(pool);
   }
   if (!failures) puts("clean");

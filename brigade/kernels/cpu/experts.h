@@ -92,7 +92,7 @@ void run_experts(Pool& pool, Buffer& buffer, const bf16* x, int64_t x_stride, co
   auto cut = [&](Cutter c) {
     Routes routes(c, n_pairs, n_experts);
     h = c.take<Hidden>(n_pairs * hidden);
-    if (K == INT8) xq = Quantized(c, n_tokens, width), hq = Quantized(c, n_pairs, hidden);
+    if (K != BF16) xq = Quantized(c, n_tokens, width, K), hq = Quantized(c, n_pairs, hidden, K);
     memory = c.at + c.used;
     return std::pair(routes, c.used);
   };
@@ -162,9 +162,9 @@ void run_experts(Pool& pool, Buffer& buffer, const bf16* x, int64_t x_stride, co
   };
 
   Pool::Job& job = pool.open();
-  if (K == INT8) job.phase(n_tokens, quantize_x);
+  if (K != BF16) job.phase(n_tokens, quantize_x);
   job.phase(n_up, gate_and_up);
-  if (K == INT8) job.phase(routes.n_rows, quantize_h);
+  if (K != BF16) job.phase(routes.n_rows, quantize_h);
   job.phase((down_groups + chunk - 1) / chunk, down_and_add);
   pool.run(job);
 }

@@ -2,6 +2,7 @@
 // job for the pool. Rows of activations are padded with zeros to a multiple of 64 numbers. Struct layouts: structs.py.
 #include "attention.h"
 #include "experts.h"
+#include "pack.h"
 #include "phases.h"
 #include "pool.h"
 #include "quantize.h"
@@ -34,48 +35,8 @@ struct Gqa {
 EXPORT Pool* pool_new(int32_t n_threads) { return new Pool(n_threads); }
 EXPORT void pool_free(Pool* pool) { delete pool; }
 
-// ---- Packing
-
 // Pack `w` [outs][ins] (bf16, row after row) into its place. paired: the first half of the rows are gate, the second up.
-EXPORT void pack(const bf16* w, const Matrix* m) {
-  const int64_t per_step = m->ins_per_step(), n_groups = m->n_groups(), half = m->outs / 2;
-  auto source = [&](int64_t g, int n) -> const bf16* {  // row of W behind output n of group g, or null for padding
-    int64_t row = g * GROUP + n;
-    if (m->paired) {
-      const int64_t i = g * (GROUP / 2) + n / 32 * 16 + n % 16;
-      if (i >= half) return nullptr;
-      row = n % 32 < 16 ? i : half + i;
-    }
-    return row < m->outs ? w + row * m->ins : nullptr;
-  };
-  for (int64_t g = 0; g < n_groups; g++)
-    for (int n = 0; n < GROUP; n++) {
-      const bf16* row = source(g, n);
-      char* to = (char*)m->group(g) + 4 * n;
-      bf16 largest = 0;  // bits of a magnitude: in their order, and what is not a number comes last
-      if (row && m->kind == INT8)
-        for (int64_t k = 0; k < m->ins; k++) largest = std::max<bf16>(largest, row[k] & 0x7fff);
-      const float most = to_float(largest);
-      const float inverse = most > 0 ? 127.f / most : 0;
-      int32_t sum = 0;
-      for (int64_t step = 0; step < m->n_steps(); step++, to += STEP)
-        for (int64_t i = 0; i < per_step; i++) {
-          const int64_t k = step * per_step + i;
-          const bf16 v = row && k < m->ins ? row[k] : 0;
-          if (m->kind == BF16) {
-            ((bf16*)to)[i] = v;
-          } else {
-            const int8_t q = (int8_t)std::lrint(to_float(v) * inverse);
-            ((int8_t*)to)[i] = q;
-            sum += q;
-          }
-        }
-      if (m->kind == INT8) {
-        ((float*)m->scales)[g * GROUP + n] = most / 127.f;
-        ((int32_t*)m->sums)[g * GROUP + n] = 128 * sum;
-      }
-    }
-}
+EXPORT void pack(const bf16* w, const Matrix* m) { pack_matrix(w, *m); }
 
 // ---- Linear layers
 
@@ -289,6 +250,6 @@ EXPORT void norm_and_route(Pool* pool, const float* residual, int64_t stride, co
 EXPORT void experts(Pool* pool, const bf16* x, int64_t x_stride, const int32_t* ids, const float* weights, float* residual,
                     int64_t stride, int64_t n_tokens, int64_t k, int64_t n_experts, const Matrix* gate_up, const Matrix* down) {
   static Buffer buffer;
-  auto run = gate_up->kind == BF16 ? run_experts<BF16> : run_experts<INT8>;
+  auto run = gate_up->kind == BF16 ? run_experts<BF16> : gate_up->kind == INT8 ? run_experts<INT8> : run_experts<INT4>;
   run(*pool, buffer, x, x_stride, ids, weights, residual, stride, n_tokens, k, n_experts, *gate_up, *down);
 }

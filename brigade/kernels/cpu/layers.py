@@ -48,12 +48,20 @@ def padded(n: int) -> int:
     return -(-n // GROUP) * GROUP
 
 
+def for_linear(kind: Kind) -> Kind:
+    """What projections and the head are packed as where experts are `kind`: int4 is for feed-forward layers only.
+
+    They are a small part of a sparse model's weights, and the most sensitive one.
+    """
+    return "int8" if kind == "int4" else kind
+
+
 class MlaLayer:
     """residual += latent attention of the normalised residual. Its projections may be int8; the small matrices into and
     out of the latent space stay bf16."""
 
     def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, at: str, scale: float, kind: Kind) -> None:
-        a = spec.attention
+        a, kind = spec.attention, for_linear(kind)
         assert isinstance(a, Mla)
         self._kernels = kernels
         mine = f"{at}.self_attn"
@@ -92,7 +100,7 @@ class GqaLayer:
     """residual += grouped-query attention of the normalised residual."""
 
     def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, at: str, scale: float, kind: Kind) -> None:
-        a = spec.attention
+        a, kind = spec.attention, for_linear(kind)
         assert isinstance(a, Gqa)
         self._kernels = kernels
         mine, names = f"{at}.self_attn", ("q_proj", "k_proj", "v_proj")
@@ -170,7 +178,7 @@ class Head:
     def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, weight: Tensor, kind: Kind) -> None:
         self._kernels, self._dim, self._eps, self._vocab = kernels, spec.dim, spec.norm_eps, spec.vocab
         self._norm = read("model.norm.weight").float()
-        self._packed = kernels.pack([weight], kind)
+        self._packed = kernels.pack([weight], for_linear(kind))
 
     def __call__(self, residual_RD: Tensor) -> Tensor:
         """float32 [R, V] from float32 rows [R, stride]."""

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from brigade.kernels.cpu.structs import Matrix
 
-Kind = Literal["bf16", "int8"]
-KINDS: dict[Kind, int] = {"bf16": 0, "int8": 1}
+Kind = Literal["bf16", "int8", "int4"]
+KINDS: dict[Kind, int] = {"bf16": 0, "int8": 1, "int4": 2}
 GROUP = 64
 STEP = 256
 INS_PER_STEP = {"bf16": 2, "int8": 4}
+BLOCK = 32
+"""Inputs that share a scale in int4."""
+BLOCK_BYTES = BLOCK // 8 * STEP + 2 * GROUP
 LARGE_PAGE = 1 << 21
 
 
@@ -32,10 +35,13 @@ class Packed:
 
 
 def pack(library: ctypes.CDLL, weights: Sequence[Tensor], kind: Kind, paired: bool = False) -> Packed:
-    """Pack matrices [outs, ins] for the tiles. `paired`: the first half of the rows is the gate, the second is up."""
+    """Pack matrices [outs, ins] for the tiles. `paired`: the first half of the rows is the gate, the second is up.
+
+    int4 is for experts: no linear layer multiplies it.
+    """
     outs, ins = weights[0].shape
     n_groups = (_ceil(outs // 2, GROUP // 2) if paired else _ceil(outs, GROUP)) if outs else 0
-    n_bytes = n_groups * _ceil(ins, INS_PER_STEP[kind]) * STEP
+    n_bytes = n_groups * _group_bytes(ins, kind)
     n = len(weights)
     data = large_pages(n * n_bytes)
     n_scales = n * n_groups * GROUP if kind == "int8" else 0
@@ -63,6 +69,10 @@ def large_pages(n_bytes: int) -> Tensor:
     whole = torch.frombuffer(area, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE_PAGE
     return whole[start : start + n_bytes]
+
+
+def _group_bytes(ins: int, kind: Kind) -> int:
+    return _ceil(ins, BLOCK) * BLOCK_BYTES if kind == "int4" else _ceil(ins, INS_PER_STEP[kind]) * STEP
 
 
 def _ceil(n: int, to: int) -> int:

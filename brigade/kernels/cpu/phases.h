@@ -21,7 +21,7 @@ struct Step {
 
 // ---- Linear layers
 
-// Phases for out = x W^T: quantisation of the rows if the weights are int8, then the groups.
+// Phases for out = x W^T: quantisation of the rows if the weights are int8, then the groups. Only experts may be int4.
 template <class OutFrom>
 struct Linear {
   Pool& pool;
@@ -54,14 +54,14 @@ template <class OutFrom>
 static Linear<OutFrom> linear(Pool& pool, const Matrix& w, const bf16* x, int64_t n, int64_t stride, Cutter& memory,
                               OutFrom out_from) {
   Quantized q;
-  if (w.kind == INT8) q = Quantized(memory, n, w.ins);
+  if (w.kind == INT8) q = Quantized(memory, n, w.ins, INT8);
   return Linear<OutFrom>{pool, w, x, n, stride, out_from, q};
 }
 
 // Memory that linear() takes.
 INLINE size_t linear_bytes(const Matrix& w, int64_t n) {
   Cutter size{nullptr};
-  if (w.kind == INT8) Quantized(size, n, w.ins);
+  if (w.kind == INT8) Quantized(size, n, w.ins, INT8);
   return size.used;
 }
 
