@@ -38,6 +38,8 @@ from brigade.spec.params import params
 PAGE = 16
 CACHE_LEFT = 1 << 27
 """Bytes of weights that the copies of a layer must fill, so that a call finds none of its own in the caches."""
+INPUTS = 16
+"""Different rows that take turns: the same rows would find their few experts in the caches."""
 TOKENS = (1, 4, 8, 16, 32, 64, 256, 1024)
 CONTEXTS = ((1, 1, 512), (1, 1, 4096), (8, 1, 512), (32, 1, 512), (1, 512, 0), (1, 512, 3584))
 """Requests, tokens of each, positions before them."""
@@ -94,11 +96,16 @@ class Bench:
         n_copies = 1 + int(CACHE_LEFT // (one * self.moe.n_experts * WEIGHT_BYTES[self.kind]))
         layers = [FeedForward(self.kernels, self.spec, self._read, layer, self.kind) for _ in range(n_copies)]
         for n in TOKENS:
-            x = self._residual(n)
+            xs = [self._residual(n) for _ in range(INPUTS)]
             touched = self.moe.n_experts * (1 - (1 - self.moe.top_k / self.moe.n_experts) ** n) + self.moe.n_shared
             n_bytes = touched * one * WEIGHT_BYTES[self.kind] + 4 * self.moe.n_experts * dim
             work = Op("experts", n_bytes, 2 * n * one * (self.moe.top_k + self.moe.n_shared))
-            yield Line("experts", f"T={n}", work, median(in_turn([lambda f=f, x=x: f(x.clone()) for f in layers])))  # type: ignore[misc]
+            calls: list[Callable[[], object]] = [
+                lambda f=f, x=x: f(x.clone())  # type: ignore[misc]
+                for x in xs
+                for f in layers
+            ]
+            yield Line("experts", f"T={n}", work, median(in_turn(calls)))
 
     def _attention(self) -> Iterator[Line]:
         a, dim = self.a, self.spec.dim
