@@ -28,7 +28,7 @@ from bench.roofline import CACHE_BYTES, WEIGHT_BYTES, Op
 from brigade.engine.machine import read_cpu
 from brigade.kernels.cpu import structs
 from brigade.kernels.cpu.build import Built, find_library
-from brigade.kernels.cpu.layers import FeedForward, Head, Kernels, MlaLayer, padded
+from brigade.kernels.cpu.layers import FeedForward, Head, Kernels, MlaLayer, for_linear, padded
 from brigade.kernels.cpu.packed import Kind
 from brigade.model import rotary
 from brigade.spec.config import read_spec
@@ -161,7 +161,7 @@ class Bench:
         return step, cache, (sequences, pages, slots, cos, sin)
 
     def _product(self, name: str, size: int, rows: int) -> Op:
-        return Op(name, size * WEIGHT_BYTES[self.kind], 2.0 * rows * size)
+        return Op(name, size * WEIGHT_BYTES[for_linear(self.kind)], 2.0 * rows * size)
 
     def _read(self, name: str) -> Tensor:
         shape = self.shapes[name]
