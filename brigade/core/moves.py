@@ -2,9 +2,10 @@
 
 Life of a change:
 1. settle: the new placement's slots are renumbered, which changes no rank's load, to be close to the old ones.
-2. moves: the slots that change hands.
-3. portions: a few layers at a time. The engine moves one portion's weights between two steps.
-4. after: the placement that holds from then on; a layer is always wholly old or wholly new.
+2. where_it_pays: layers that would gain too little stay as they are.
+3. moves: the slots that change hands.
+4. portions: a few layers at a time. The engine moves one portion's weights between two steps.
+5. after: the placement that holds from then on; a layer is always wholly old or wholly new.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from brigade.core.placement import Placement
+from brigade.core.placement import Loads, Placement, rank_loads
 
 
 class Move(NamedTuple):
@@ -56,6 +57,23 @@ def settle(old: Placement, new: Placement) -> Placement:
                 slots += _keep(before, comes[i])
         layers.append(tuple(slots))
     return replace(new, phy2log=tuple(layers))
+
+
+def where_it_pays(old: Placement, new: Placement, load_LE: Loads, *, gain: float = 0.05) -> Placement:
+    """`new`, but with the old slots in layers whose busiest rank would not have at least this share less to do.
+
+    Two nearly equal placements of a layer may have nothing in common, and moving weights is never free.
+    """
+    if old.by_node != new.by_node:
+        raise ValueError("one placement packs experts to nodes and the other does not")
+    layers = zip(old.phy2log, rank_loads(load_LE, old), new.phy2log, rank_loads(load_LE, new), strict=True)
+    return replace(
+        new,
+        phy2log=tuple(
+            will if max(load_then) <= (1 - gain) * max(load_now) and any(load_now) else was
+            for was, load_now, will, load_then in layers
+        ),
+    )
 
 
 def moves(old: Placement, new: Placement) -> list[Move]:

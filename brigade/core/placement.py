@@ -4,7 +4,7 @@ A logical expert is one of the model's. A physical slot is room for one expert's
 than experts, busy experts have replicas, and the tokens of an expert are spread evenly over its replicas.
 
 Life of a placement:
-1. initial: no loads are known; replicas go round.
+1. initial: no loads are known; ranks are even if all experts are.
 2. place: loads were counted; a better one is computed.
 3. replicas_for: each rank makes the table by which its tokens choose among an expert's replicas.
 (moves.py says how one placement becomes another.)
@@ -12,7 +12,7 @@ Life of a placement:
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heapify, heappop, heapreplace
 
@@ -81,13 +81,18 @@ class Placement:
         return tuple(_slots_by_expert(slots, self.n_experts) for slots in self.phy2log)
 
 
-def initial(n_layers: int, n_experts: int, *, n_slots: int, n_ranks: int, n_nodes: int = 1) -> Placement:
-    """The placement before any load is known: experts in order, and the slots left over go round from expert 0 on."""
-    if n_slots < n_experts:
-        raise ValueError(f"n_slots {n_slots} cannot hold {n_experts} experts")
-    # Replicas stand at the end, so they are as far from their first copies as order allows.
-    slots = tuple(slot % n_experts for slot in range(n_slots))
-    return Placement(n_experts, n_ranks, n_nodes, (slots,) * n_layers)
+def initial(
+    n_layers: int, n_experts: int, *, n_slots: int, n_ranks: int, n_nodes: int = 1, n_groups: int = 1
+) -> Placement:
+    """The placement before any load is known, even if all experts are equally busy; the same in every layer.
+
+    Without spare slots, experts stand in their order. Raises ValueError for sizes that cannot be.
+    """
+    even = place([[1.0] * n_experts], n_slots=n_slots, n_groups=n_groups, n_nodes=n_nodes, n_ranks=n_ranks)
+    one = tuple(range(n_experts))
+    if n_slots > n_experts:
+        one = tuple(e for mine in even.slots_of_rank for e in sorted(even.phy2log[0][mine.start : mine.stop]))
+    return replace(even, phy2log=(one,) * n_layers)
 
 
 def place(load_LE: Loads, *, n_slots: int, n_groups: int, n_nodes: int, n_ranks: int) -> Placement:

@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 
-from brigade.core.moves import Move, after, moves, portions, settle
+from brigade.core.moves import Move, after, moves, portions, settle, where_it_pays
 from brigade.core.placement import (
     Loads,
     Placement,
@@ -151,11 +151,21 @@ class TestPlace:
 
 
 class TestPlacement:
-    def test_without_loads_has_experts_in_order_and_spare_slots_go_round(self) -> None:
-        placement = initial(2, 4, n_slots=6, n_ranks=4, n_nodes=2)
-        assert placement.phy2log == ((0, 1, 2, 3, 0, 1),) * 2
-        assert [list(s) for s in placement.slots_of_rank] == [[0], [1, 2], [3], [4, 5]]
-        assert [list(r) for r in placement.ranks_of_node] == [[0, 1], [2, 3]]
+    def test_without_loads_and_spare_slots_has_experts_in_order(self) -> None:
+        placement = initial(2, 4, n_slots=4, n_ranks=3)
+        assert placement.phy2log == ((0, 1, 2, 3),) * 2
+        assert [list(s) for s in placement.slots_of_rank] == [[0], [1], [2, 3]]
+
+    @pytest.mark.parametrize(("n_experts", "n_slots", "n_ranks"), [(60, 92, 8), (256, 288, 32), (8, 16, 4)])
+    def test_without_loads_is_nearly_even_if_experts_are(self, n_experts: int, n_slots: int, n_ranks: int) -> None:
+        placement = initial(1, n_experts, n_slots=n_slots, n_ranks=n_ranks)
+        assert busiest_over_mean([[1.0] * n_experts], placement)[0] <= 1.13
+
+    def test_without_loads_keeps_groups_on_their_nodes(self) -> None:
+        for n_slots in (8, 12):
+            placement = initial(1, 8, n_slots=n_slots, n_ranks=4, n_nodes=2, n_groups=4)
+            assert placement.by_node
+            assert set(placement.phy2log[0][: n_slots // 2]).isdisjoint(placement.phy2log[0][n_slots // 2 :])
 
     @pytest.mark.parametrize(("slots", "message"), [((0, 1, 1), r"experts \[2\]"), ((0, 1, 2, 7), r"experts \[7\]")])
     def test_must_hold_just_the_experts_that_are(self, slots: tuple[int, ...], message: str) -> None:
@@ -258,6 +268,21 @@ class TestMoves:
             now = after(now, part)
             assert all(x in pair for x, *pair in zip(now.phy2log, self.OLD.phy2log, self.NEW.phy2log, strict=True))
         assert now == self.NEW
+
+
+class TestWhereItPays:
+    OLD = Placement(4, 2, 1, ((0, 1, 2, 3),) * 3)
+    NEW = Placement(4, 2, 1, ((0, 2, 1, 3),) * 3)
+
+    def test_takes_only_layers_whose_busiest_rank_gains_enough(self) -> None:
+        loads = [[4.0, 4.0, 1.0, 1.0], [4.0, 3.9, 3.8, 3.8], [0.0] * 4]
+        assert where_it_pays(self.OLD, self.NEW, loads).phy2log == (self.NEW.phy2log[0], *self.OLD.phy2log[1:])
+        assert where_it_pays(self.OLD, self.NEW, loads, gain=0.01).phy2log[1] == self.NEW.phy2log[1]
+
+    def test_does_not_mix_placements_by_node_with_others(self) -> None:
+        by_node = Placement(4, 2, 2, ((0, 1, 2, 3),), by_node=True)
+        with pytest.raises(ValueError, match="packs experts to nodes"):
+            where_it_pays(initial(1, 4, n_slots=4, n_ranks=2, n_nodes=2), by_node, [[1.0] * 4])
 
 
 class TestReplicasFor:
