@@ -303,6 +303,18 @@ class TestReplicasFor:
         placement = Placement(3, 4, 2, ((0, 1, 0, 2),))
         assert [replicas_for(placement, 0, rank, width=4)[0] for rank in range(4)] == [(0,) * 4] * 2 + [(2,) * 4] * 2
 
+    def test_ranks_without_a_near_replica_take_what_is_left(self) -> None:
+        # Expert 0 is on the second and third of three nodes of two ranks; each also serves one more rank.
+        placement = Placement(5, 6, 3, ((1, 2, 0, 3, 0, 4),))
+        assert [set(replicas_for(placement, 0, rank)[0]) for rank in range(6)] == [{2}, {4}, {2}, {2}, {4}, {4}]
+
+    def test_a_rank_with_two_replicas_and_no_peers_uses_one_of_another_node_only_when_it_must(self) -> None:
+        # Four replicas for three ranks, two of them on rank 0: each replica may get three quarters of a rank's tokens.
+        placement = Placement(3, 3, 3, ((0, 0, 0, 1, 0, 2),))
+        rows = [Counter(replicas_for(placement, 0, rank, width=8)[0]) for rank in range(3)]
+        assert rows[0] == {0: 6, 1: 2}
+        assert (rows[1][2], rows[2][4]) == (6, 6)
+
     def test_what_is_near_is_not_overloaded(self) -> None:
         # Both replicas of expert 0 are on the first node; the second node's ranks must share them evenly.
         placement = Placement(3, 4, 2, ((0, 0, 1, 2),))
