@@ -37,6 +37,7 @@ TEST_ONLY = {"transformers", "pytest", "hypothesis", "openai", "schemathesis", "
 WITHOUT_TORCH = {
     *("brigade", "brigade.__main__"),
     *(f"brigade.engine.{m}" for m in ("client", "tokenizer", "output", "config", "messages")),
+    *("brigade.comm.group", "brigade.comm.segment"),
 }
 WITHOUT_TORCH_FOLDERS = {"spec", "core", "serve", "cli"}
 

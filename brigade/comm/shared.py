@@ -1,0 +1,177 @@
+"""Group and expert exchange of the ranks of one host through their segment.
+
+A token's row is written once by its source, whatever the number of its experts; ranks gather the rows they need
+straight from there, and sources fetch results straight from where they were computed. No bytes pass the kernel.
+
+Why nothing is overwritten too early, with one region per rank and lane: a source writes rows of call q + 1 after its
+finish_combine of q, which waited for the results of *every* rank, which each posts after it has read all rows of q.
+A rank writes results of q + 1 after its finish_dispatch of q + 1, which waited for every source's rows of q + 1, which
+each posts after it has fetched all results of q.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brigade.comm.exchange import LANES, Bounds, Turns, raw
+from brigade.comm.group import checked, checked_deadline
+from brigade.comm.segment import MAX_GENERATION, Flag, Segment
+
+
+class SharedGroup:
+    """The ranks of one host. `form` makes the next generation; it is called before the first `share`, too."""
+
+    def __init__(self, segment: Segment, rank: int, *, deadline: float) -> None:
+        if not 0 <= rank < segment.shape.n_ranks:
+            raise ValueError(f"rank: the segment is for ranks below {segment.shape.n_ranks}, not {rank}")
+        self.segment, self.rank, self.size = segment, rank, segment.shape.n_ranks
+        self.deadline = checked_deadline(deadline)
+        self.generation = 0
+        self.exchanges = [0] * LANES
+        self._shares = 0
+
+    def form(self, generation: int, deadline: float | None = None) -> None:
+        """Meet all ranks of a generation: 1 at first, then one more after each stop by the supervisor.
+
+        Waits up to `deadline` seconds (the group's own if None). Raises PeerLost, which names the ranks that did not
+        come; ValueError if that generation is not due.
+        """
+        self.segment.check(generation)
+        due = self.segment.stopped + 1
+        if generation != due or generation > MAX_GENERATION:
+            raise ValueError(f"generation: {due} is due (the supervisor stops a generation first), not {generation}")
+        self.generation, self._shares, self.exchanges = generation, 0, [0] * LANES
+        for which in range(Flag.COMBINE + LANES):
+            self.segment.post(self.rank, which, generation, 0)
+        self._share((), self.deadline if deadline is None else checked_deadline(deadline))
+
+    def share(self, ints: Sequence[int]) -> list[tuple[int, ...]]:
+        return self._share(checked(ints), self.deadline)
+
+    def _share(self, ints: tuple[int, ...], deadline: float) -> list[tuple[int, ...]]:
+        if not self.generation:
+            raise RuntimeError("share before form")
+        # Two places in turn suffice: place q is written again for q + 2, after q + 1 of all ranks was read, which they
+        # post after they have read q.
+        self._shares += 1
+        parity = self._shares & 1
+        self.segment.write_ints(self.rank, parity, ints)
+        self.segment.post(self.rank, Flag.SHARE, self.generation, self._shares)
+        self.wait(Flag.SHARE, self._shares, deadline)
+        out = [self.segment.read_ints(r, parity) for r in range(self.size)]
+        self.segment.check(self.generation)
+        return out
+
+    def wait(self, which: int, sequence: int, deadline: float | None = None) -> None:
+        """Until every rank has posted `sequence`. Raises PeerLost."""
+        self.segment.wait(range(self.size), which, self.generation, sequence, deadline or self.deadline)
+
+    def close(self) -> None:
+        self.segment.close()
+
+
+class SharedExchange:
+    """ExpertExchange over a segment, for one generation of its group.
+
+    Experts may move: make another one with other bounds, on every rank at the same call, with no lane under way.
+    """
+
+    def __init__(self, group: SharedGroup, bounds: Sequence[int], dtype: torch.dtype) -> None:
+        shape = group.segment.shape
+        self._bounds = Bounds(bounds, group.size, shape.width, shape.k, dtype)
+        self._group, self._segment, self._turns = group, group.segment, Turns()
+        self._generation = group.generation
+        self._max_tokens = shape.max_tokens
+        # kept by the group: flags must go on counting when another exchange takes over
+        self._sequence = group.exchanges
+        self._flat: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * LANES
+        self._starts: list[NDArray[np.int64]] = [np.zeros(group.size + 1, np.int64)] * LANES
+        ranks = range(group.size)
+        self._views = [[_Views(group.segment, r, lane, dtype) for r in ranks] for lane in range(LANES)]
+
+    def start_dispatch(self, lane: int, x_TD: Tensor, slots_TK: Tensor) -> None:
+        n_tokens = x_TD.shape[0]
+        if n_tokens > self._max_tokens:
+            raise ValueError(f"x: the segment has room for {self._max_tokens} tokens of a rank, not {n_tokens}")
+        flat = self._bounds.check(x_TD, slots_TK)
+        self._take(lane, "start_dispatch")
+        mine = self._views[lane][self._group.rank]
+        mine.n_tokens[0] = n_tokens
+        mine.slots[: flat.size] = flat
+        mine.rows[:n_tokens] = raw(x_TD)
+        self._flat[lane] = mine.slots[: flat.size]
+        self._sequence[lane] += 1
+        self._segment.post(self._group.rank, Flag.DISPATCH + lane, self._generation, self._sequence[lane])
+
+    def finish_dispatch(self, lane: int) -> tuple[Tensor, Tensor]:
+        self._take(lane, "finish_dispatch")
+        self._group.wait(Flag.DISPATCH + lane, self._sequence[lane])
+        bounds, rank, k = self._bounds, self._group.rank, self._bounds.k
+        views = self._views[lane]
+        flats = [v.slots[: v.n_tokens[0] * k] for v in views]
+        pairs = [bounds.pairs(flat, rank) for flat in flats]
+        starts = np.zeros(bounds.size + 1, np.int64)
+        np.cumsum([p.size for p in pairs], out=starts[1:])
+        self._starts[lane] = starts
+        rows_ND = torch.empty(int(starts[-1]), bounds.width, dtype=bounds.dtype)
+        slot_N = torch.empty(int(starts[-1]), dtype=torch.int32)
+        rows, slot = raw(rows_ND), slot_N.numpy()
+        for source in np.flatnonzero(starts[1:] > starts[:-1]):
+            lo, hi = starts[source], starts[source + 1]
+            # "clip" lets take write straight into rows; with "raise" it would fill a copy first
+            np.take(views[source].rows, pairs[source] // k, axis=0, out=rows[lo:hi], mode="clip")
+            np.subtract(flats[source][pairs[source]], bounds.of[rank], out=slot[lo:hi])
+        self._segment.check(self._generation)
+        return rows_ND, slot_N
+
+    def start_combine(self, lane: int, y_ND: Tensor) -> None:
+        starts = self._starts[lane]
+        self._bounds.check_results(y_ND, int(starts[-1]))
+        self._take(lane, "start_combine")
+        mine = self._views[lane][self._group.rank]
+        mine.starts[:] = starts
+        mine.results[: starts[-1]] = y_ND.detach().numpy()
+        self._segment.post(self._group.rank, Flag.COMBINE + lane, self._generation, self._sequence[lane])
+
+    def finish_combine(self, lane: int) -> Tensor:
+        self._take(lane, "finish_combine")
+        self._group.wait(Flag.COMBINE + lane, self._sequence[lane])
+        bounds, flat = self._bounds, self._flat[lane]
+        y_PD = bounds.results(flat)
+        out = y_PD.numpy()
+        for rank in range(bounds.size):
+            pairs = bounds.pairs(flat, rank)
+            if pairs.size:
+                views = self._views[lane][rank]
+                start = int(views.starts[self._group.rank])
+                out[pairs] = views.results[start : start + pairs.size]
+        self._segment.check(self._generation)
+        return y_PD.view(-1, bounds.k, bounds.width)
+
+    def _take(self, lane: int, call: str) -> None:
+        if self._generation != self._group.generation:
+            raise RuntimeError(f"{call}: this exchange belongs to generation {self._generation}, its group moved on")
+        self._turns.take(lane, call)
+
+
+class _Views:
+    """One rank's regions of one lane as arrays."""
+
+    def __init__(self, segment: Segment, rank: int, lane: int, dtype: torch.dtype) -> None:
+        s = segment.shape
+        element = np.int16 if dtype == torch.bfloat16 else np.float32
+
+        def view(kind: type, at: int, *shape: int) -> NDArray[Any]:
+            n = int(np.prod(shape))
+            return np.frombuffer(segment.memory, kind, n, at).reshape(shape)
+
+        n_results = s.n_ranks * s.max_tokens * s.k
+        self.n_tokens = view(np.int64, s.slots(rank, lane), 1)
+        self.slots = view(np.int32, s.slots(rank, lane) + 64, s.max_tokens * s.k)
+        self.rows = view(element, s.rows(rank, lane), s.max_tokens, s.width)
+        self.starts = view(np.int64, s.starts(rank, lane), s.n_ranks + 1)
+        self.results = view(np.float32, s.results(rank, lane), n_results, s.width)
