@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,14 @@ from brigade.comm.segment import Segment
 ROOT = Path(__file__).parents[2]
 N = 4
 WIDTH, K, MAX_TOKENS = 24, 3, 64
+
+
+def free_ports(n: int) -> list[int]:
+    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [s.getsockname()[1] for s in socks]
+    for s in socks:
+        s.close()
+    return ports
 
 
 class Pool:
@@ -78,6 +87,10 @@ class Pool:
             if rank == 0:
                 segment.stop(segment.stopped + 1)
             return {"fd": segment.fd, "generation": segment.stopped + 1}
+        if backend == "mesh":
+            if rank == 0:
+                self._addresses = [("127.0.0.1", port) for port in free_ports(size)]
+            return {"addresses": self._addresses}
         return {"path": str(self.directory / "store"), "prefix": f"group-{self._opened}"}
 
     def kill(self, rank: int, how: signal.Signals = signal.SIGKILL) -> None:

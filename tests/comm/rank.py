@@ -11,7 +11,10 @@ from torch.distributed import FileStore
 
 from brigade.comm.distributed import DistributedExchange, DistributedGroup
 from brigade.comm.exchange import ExpertExchange
-from brigade.comm.group import Group, PeerLost
+from brigade.comm.group import Alone, Group, PeerLost
+from brigade.comm.meeting import listen
+from brigade.comm.mesh import Mesh
+from brigade.comm.remote import MeshExchange
 from brigade.comm.segment import Segment
 from brigade.comm.shared import SharedExchange, SharedGroup
 from tests.comm.oracle import Case, experts
@@ -22,7 +25,7 @@ torch.set_num_threads(1)
 class Rank:
     def __init__(self) -> None:
         self.segments: dict[int, Segment] = {}
-        self.group: Group
+        self.group: Group = Alone()
 
     def answer(self, command: dict[str, Any]) -> Any:
         kind = command.pop("do")
@@ -32,7 +35,8 @@ class Rank:
         return "ready"
 
     def open(self, backend: str, rank: int, size: int, deadline: float, **at: Any) -> str:
-        self.backend = backend
+        if not isinstance(self.group, SharedGroup):
+            self.group.close()
         if backend == "shared":
             segment = self.segments.get(at["fd"]) or self.segments.setdefault(at["fd"], Segment.attach(at["fd"]))
             group = SharedGroup(segment, rank, deadline=deadline)
@@ -42,7 +46,18 @@ class Rank:
             store = FileStore(at["path"], -1)
             self.group = DistributedGroup(store, at["prefix"], rank, size, deadline=deadline)
         else:
-            raise ValueError(backend)
+            address = at["addresses"][rank]
+            addresses = [tuple(a) for a in at["addresses"]]
+            secret, layout = at.get("secret", "s" * 16).encode(), at.get("layout", "l" * 32).encode()
+            self.group = Mesh(
+                rank,
+                addresses,
+                listen(*address),
+                secret=secret,
+                layout=layout,
+                generation=at.get("generation", 1),
+                deadline=deadline,
+            )
         return "open"
 
     def form(self, generation: int) -> str:
@@ -54,6 +69,8 @@ class Rank:
         dtype = getattr(torch, case.dtype)
         if isinstance(self.group, SharedGroup):
             return SharedExchange(self.group, case.bounds, dtype)
+        if isinstance(self.group, Mesh):
+            return MeshExchange(self.group, case.bounds, case.width, case.k, dtype)
         assert isinstance(self.group, DistributedGroup)
         return DistributedExchange(self.group, case.bounds, case.width, case.k, dtype)
 
@@ -99,7 +116,7 @@ class Rank:
                 Path(started).touch()
 
     def close(self) -> str:
-        self.group.close() if not isinstance(self.group, SharedGroup) else None
+        self.group.close()
         return "closed"
 
 

@@ -6,13 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
 from tests.comm.oracle import Case
-from tests.comm.pool import K, WIDTH, Pool
+from tests.comm.pool import WIDTH, K, Pool
 
 SIZE = 3
 DEADLINE = 1.0
 CASE = asdict(Case(5, (4, 5, 6), (0, 2, 4, 6), WIDTH, K))
-BACKENDS = ["shared", "distributed"]
+BACKENDS = ["shared", "distributed", "mesh"]
 
 
 def exchange_until_lost(pool: Pool, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_those_who_do_not_come_are_named_all_of_them_and_only_them() -> None:
     segment.post(0, Flag.SHARE, 1, 1)
     segment.post(2, Flag.SHARE, 1, 5)
     start = time.monotonic()
-    with pytest.raises(PeerLost, match="ranks 1, 3: did not arrive within 0.1 s") as e:
+    with pytest.raises(PeerLost, match=r"ranks 1, 3: did not arrive within 0\.1 s") as e:
         segment.wait(range(4), Flag.SHARE, 1, 1, 0.1)
     assert e.value.ranks == (1, 3)
     assert 0.1 <= time.monotonic() - start < 0.3
@@ -90,7 +90,7 @@ def test_an_exchange_refuses_what_does_not_fit() -> None:
         exchange.start_dispatch(0, x.bfloat16(), slots)
     with pytest.raises(ValueError, match=r"slots: need int32 \[2, 2\]"):
         exchange.start_dispatch(0, x, slots.long())
-    with pytest.raises(ValueError, match="slots: must be -1 or below 5, not 0..5"):
+    with pytest.raises(ValueError, match="slots: must be -1 or below 5, not 0"):
         exchange.start_dispatch(0, x, slots.index_fill(0, torch.tensor([1]), 5))
     with pytest.raises(ValueError, match="room for 8 tokens"):
         exchange.start_dispatch(0, torch.zeros(9, 4), torch.zeros(9, 2, dtype=torch.int32))

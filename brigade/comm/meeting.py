@@ -1,0 +1,168 @@
+"""How the ranks of several hosts find each other: every rank ends with one authenticated TCP connection to every other.
+
+Rank r listens on its own address and calls all ranks below it. Each connection has a thread and a short deadline of its
+own, so a client that is silent or speaks nonsense costs the others nothing.
+"""
+
+import contextlib
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from brigade.comm.group import PeerLost
+from brigade.comm.handshake import MIN_SECRET, Differs, Hello, Refused, answer, call, welcome
+
+Address = tuple[str, int]
+
+_HANDSHAKE_S = 2.0
+_RETRY_S = 0.05
+_MAX_CALLERS = 64
+"""Handshakes at a time; more callers wait their turn in the listening socket's queue."""
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    """A socket that listens on exactly this address. Port 0 takes a free one (`getsockname` tells)."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(_MAX_CALLERS)
+    except OSError as e:
+        sock.close()
+        raise OSError(e.errno, f"cannot listen on {host}:{port}: {e.strerror}") from e
+    return sock
+
+
+@dataclass
+class _Meeting:
+    me: Hello
+    secret: bytes
+    until: float
+    arrived: "queue.Queue[tuple[int, socket.socket]]" = field(default_factory=queue.Queue)
+    refused: "queue.Queue[Refused]" = field(default_factory=queue.Queue)
+    why: dict[int, str] = field(default_factory=dict)
+    """The last trouble with each rank that was called."""
+    over: threading.Event = field(default_factory=threading.Event)
+    callers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_MAX_CALLERS))
+
+    def hello(self) -> Hello:
+        me = self.me
+        return Hello(me.rank, me.size, me.generation, me.layout, os.urandom(32))
+
+    def soon(self) -> float:
+        return min(self.until, time.monotonic() + _HANDSHAKE_S)
+
+    def call(self, rank: int, address: Address) -> None:
+        """Call a rank until it answers."""
+        while not self.over.is_set() and time.monotonic() < self.until:
+            until = self.soon()
+            try:
+                sock = socket.create_connection(address, max(0.01, until - time.monotonic()))
+            except OSError as e:
+                self.why[rank] = f"{address[0]}:{address[1]}: {e}"
+                time.sleep(_RETRY_S)
+                continue
+            try:
+                theirs = call(sock, self.hello(), self.secret, until)
+                if theirs.rank != rank:
+                    raise Refused(f"{address[0]}:{address[1]}: rank {theirs.rank} answers, rank {rank} was called")
+                self.arrived.put((rank, sock))
+                return
+            except Refused as e:
+                sock.close()
+                self.refused.put(Refused(f"{address[0]}:{address[1]}: {e}"))
+                return
+            except OSError as e:
+                sock.close()
+                self.why[rank] = f"{address[0]}:{address[1]}: {e}"
+                time.sleep(_RETRY_S)
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take callers until the meeting is over."""
+        listener.settimeout(0.1)
+        while not self.over.is_set():
+            if not self.callers.acquire(timeout=0.1):
+                continue
+            try:
+                sock, _ = listener.accept()
+            except OSError:  # nobody called, the caller left again, or the meeting closed the socket
+                self.callers.release()
+                continue
+            threading.Thread(target=self.answer, args=(sock,), daemon=True).start()
+
+    def answer(self, sock: socket.socket) -> None:
+        try:
+            until = self.soon()
+            theirs = answer(sock, self.hello(), self.secret, until)
+            if not self.me.rank < theirs.rank < self.me.size:
+                raise Differs(f"rank {theirs.rank} called; ranks {self.me.rank + 1} to {self.me.size - 1} may")
+            welcome(sock, until)
+            self.arrived.put((theirs.rank, sock))
+        except Differs as e:
+            sock.close()
+            self.refused.put(e)
+        except OSError:  # silent, gone, or not one of us: whoever does not know the secret ends nothing
+            sock.close()
+        finally:
+            self.callers.release()
+
+
+def meet(
+    rank: int,
+    addresses: Sequence[Address],
+    listener: socket.socket,
+    *,
+    secret: bytes,
+    layout: bytes,
+    generation: int,
+    deadline: float,
+) -> dict[int, socket.socket]:
+    """A connection to every other rank. Takes `listener` (of `listen`) over and closes it.
+
+    Blocks up to `deadline` seconds. Raises PeerLost, which names those who did not come; Refused at once if a rank that
+    knows the secret runs another version, layout, generation or number of ranks (both values are in the message), or if
+    a called rank has another secret.
+    """
+    if len(secret) < MIN_SECRET:
+        raise ValueError(f"secret: needs at least {MIN_SECRET} bytes, not {len(secret)}")
+    if len(layout) != 32:
+        raise ValueError(f"layout: give a SHA-256 of 32 bytes, not {len(layout)}")
+    size = len(addresses)
+    meeting = _Meeting(Hello(rank, size, generation, layout, bytes(32)), secret, time.monotonic() + deadline)
+    threads = [threading.Thread(target=meeting.accept, args=(listener,), daemon=True)]
+    threads += [threading.Thread(target=meeting.call, args=(r, addresses[r]), daemon=True) for r in range(rank)]
+    for thread in threads:
+        thread.start()
+    links: dict[int, socket.socket] = {}
+    try:
+        _gather(meeting, links)
+    except BaseException:
+        for sock in links.values():
+            sock.close()
+        raise
+    finally:
+        meeting.over.set()
+        threads[0].join(1)
+        listener.close()
+    return links
+
+
+def _gather(meeting: _Meeting, links: dict[int, socket.socket]) -> None:
+    others = set(range(meeting.me.size)) - {meeting.me.rank}
+    while others - set(links):
+        with contextlib.suppress(queue.Empty):
+            raise meeting.refused.get_nowait()
+        if time.monotonic() >= meeting.until:
+            missing = others - set(links)
+            why = "; ".join(meeting.why[r] for r in sorted(missing) if r in meeting.why)
+            raise PeerLost(missing, f"did not come to the meeting of generation {meeting.me.generation} ({why})")
+        with contextlib.suppress(queue.Empty):
+            rank, sock = meeting.arrived.get(timeout=0.02)
+            if rank in links:  # it called again because it did not hear our welcome in time
+                links[rank].close()
+            links[rank] = sock
