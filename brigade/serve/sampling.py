@@ -23,16 +23,25 @@ class Sampling:
     def chat(self, asked: ChatRequest) -> SamplingParams:
         """Parameters of a chat request; `max_tokens` 1 stands for "not given". Raises BadRequest naming the field."""
         n_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
-        return self._params(asked, n_logprobs, limit, 1)
+        said = {"logprobs": "top_logprobs"}
+        limit = asked.max_tokens
+        if asked.max_completion_tokens is not None:
+            limit, said["max_tokens"] = asked.max_completion_tokens, "max_completion_tokens"
+        return self._params(asked, n_logprobs, limit, 1, said)
 
     def completion(self, asked: CompletionRequest) -> SamplingParams:
         """Parameters of a plain completion. Raises BadRequest naming the field."""
-        return self._params(asked, asked.logprobs, asked.max_tokens, SamplingParams().max_tokens)
+        return self._params(asked, asked.logprobs, asked.max_tokens, SamplingParams().max_tokens, {})
 
     def _params(
-        self, asked: GenerationRequest, n_logprobs: int | None, limit: int | None, default_limit: int
+        self,
+        asked: GenerationRequest,
+        n_logprobs: int | None,
+        limit: int | None,
+        default_limit: int,
+        said: dict[str, str],
     ) -> SamplingParams:
+        """`said`: the client's own names of fields that SamplingParams calls otherwise."""
         given = {name: value for name in _PLAIN if (value := getattr(asked, name)) is not None}
         params = SamplingParams(
             **{**self.defaults, **given},
@@ -42,7 +51,7 @@ class Sampling:
             stop=asked.stops(),
             stop_token_ids=tuple(asked.stop_token_ids or ()),
         )
-        return _checked(params, self.vocab)
+        return _checked(params, self.vocab, said)
 
 
 def defaults_of(generation: dict[str, Any], where: str) -> dict[str, Any]:
@@ -73,10 +82,11 @@ def _bias(asked: dict[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple((int(key), value) for key, value in asked.items())
 
 
-def _checked(params: SamplingParams, vocab: int) -> SamplingParams:
+def _checked(params: SamplingParams, vocab: int, said: dict[str, str]) -> SamplingParams:
     try:
         params.check(vocab)
     except ValueError as e:
-        name = str(e).split(" ", 1)[0]
-        raise BadRequest(str(e), param=name if name in _NAMES else "stop", code="invalid_value") from e
+        name, _, rest = str(e).partition(" ")
+        field = said.get(name, name)
+        raise BadRequest(f"{field} {rest}", param=field if name in _NAMES else "stop", code="invalid_value") from e
     return params

@@ -191,7 +191,8 @@ async def test_completion_fields_must_go_together(client: httpx.AsyncClient, ext
     [
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"top_logprobs": 21, "logprobs": True}, "logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
         ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
