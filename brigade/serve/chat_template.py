@@ -54,7 +54,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._max_chars = CHARS_PER_TOKEN * max_context
         self._source = source
-        self.reasons = THINK[1] in source
+        self.reasons = any(tag in source for tag in THINK)
         """Whether answers of this model hold <think>...</think>."""
         self._names = {name: text for name in _SPECIAL if (text := tokenizer.special(name)) is not None}
         self._marker = Marker(tokenizer.control)

@@ -169,6 +169,7 @@ def test_too_much_text_is_refused_before_and_while_rendering() -> None:
         ("{{ messages[0].content }}", False, False),
         ("{# </think> #}{{ messages[0].content }}", True, False),
         ("{# </think> #}{{ messages[0].content }}<think>\n", True, True),
+        ("{{ messages[0].content }}<think>\n", True, True),
         ("{{ messages[0].content }}<think>\n\n</think>\n\n", True, False),
     ],
 )
