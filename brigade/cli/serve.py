@@ -88,7 +88,7 @@ def serve(
             dtype=cast(Dtype, dtype),  # EngineConfig checks it
             weights=cast(Weights, weights),
             max_context=max_context,
-            kv_bytes=0 if kv_memory == "auto" else parse_size(kv_memory),
+            kv_bytes=_kv_bytes(kv_memory),
             max_running=max_running,
             max_waiting=max_waiting,
             max_step_tokens=max_step_tokens,
@@ -115,6 +115,15 @@ def serve(
     if until_eof:
         threading.Thread(target=_interrupt_at_eof, daemon=True).start()
     _run(engine, web, log_level)
+
+
+def _kv_bytes(kv_memory: str) -> int:
+    """EngineConfig's number, where 0 means "choose": a size of nothing must not come to mean that."""
+    if kv_memory == "auto":
+        return 0
+    if (size := parse_size(kv_memory)) == 0:
+        raise ValueError(f"--kv-memory {kv_memory} leaves no room for any request; write auto, or a size like 512MiB")
+    return size
 
 
 def served_name(model: str | None) -> str:

@@ -62,6 +62,7 @@ def test_help_says_that_command_lines_are_no_place_for_a_key(command: str) -> No
         (("--dtype", "int3"), "dtype must be auto, bfloat16, float16 or float32, not 'int3'"),
         (("--kv-memory", "lots"), "'lots' is not a size; write it like 512MiB or 2GiB"),
         (("--kv-memory", "2G"), "ambiguous"),
+        (("--kv-memory", "0"), "--kv-memory 0 leaves no room for any request"),
         (("--max-running", "0"), "max_running must be between 1 and 4096, not 0"),
         (("--max-step-tokens", "8"), "max_step_tokens must be at least max_running"),
         (("--depth", "9"), "depth must be between 1 and 4"),
