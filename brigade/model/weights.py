@@ -124,7 +124,8 @@ class Checkpoint:
             raise BadCheckpoint(f"{self.folder}: tensor '{name}' is in none of the safetensors files; copy them again")
         if self._shape(name) != shape:
             raise BadCheckpoint(
-                f"{path}: tensor '{name}' has shape {list(self._shape(name))}, but config.json asks for {list(shape)}"
+                f"{path}: tensor '{name}' has shape {list(self._shape(name))}, but config.json asks for {list(shape)}; "
+                "the two do not belong together, copy both from one place"
             )
         dtype = self._dtype(name)
         if dtype in PLAIN_DTYPES:
@@ -178,7 +179,10 @@ def _tensor_files(folder: Path) -> Iterable[Path]:
     if not index.exists():
         single = folder / "model.safetensors"
         if not single.exists():
-            raise BadCheckpoint(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json")
+            raise BadCheckpoint(
+                f"{folder}: holds neither model.safetensors nor model.safetensors.index.json; copy the "
+                "checkpoint's tensor files here"
+            )
         return [single]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):

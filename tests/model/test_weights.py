@@ -293,7 +293,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     spec = spec_from(DENSE)
     content = {**tensors(spec), GATE_PROJ: torch.zeros(shape)}
-    refused(single(tmp_path, content), spec, GATE_PROJ, str(list(shape)), "[36, 24]", "model.safetensors")
+    refused(single(tmp_path, content), spec, GATE_PROJ, str(list(shape)), "[36, 24]", "model.safetensors", "copy")
 
 
 @pytest.mark.parametrize(
