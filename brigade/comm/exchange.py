@@ -82,7 +82,9 @@ class Bounds:
 
     def pairs(self, flat: NDArray[np.int32], rank: int) -> NDArray[np.int64]:
         """Positions in flat slots [T * K] that `rank` computes, in the order of the row layout."""
-        return np.flatnonzero((flat >= self.of[rank]) & (flat < self.of[rank + 1]))
+        # one comparison in place of two: what is below the range wraps around to a large number
+        local = (flat - np.int32(self.of[rank])).view(np.uint32)
+        return (local < self.of[rank + 1] - self.of[rank]).nonzero()[0]
 
     def check_results(self, y_ND: Tensor, n_rows: int) -> None:
         if y_ND.dtype != torch.float32 or y_ND.shape != (n_rows, self.width):

@@ -10,6 +10,7 @@ each posts after it has fetched all results of q.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ class SharedExchange:
         # kept by the group: flags must go on counting when another exchange takes over
         self._sequence = group.exchanges
         self._flat: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * LANES
-        self._starts: list[NDArray[np.int64]] = [np.zeros(group.size + 1, np.int64)] * LANES
+        self._starts = [[0] * (group.size + 1)] * LANES
         ranks = range(group.size)
         self._views = [[_Views(group.segment, r, lane, dtype) for r in ranks] for lane in range(LANES)]
 
@@ -114,23 +115,23 @@ class SharedExchange:
         views = self._views[lane]
         flats = [v.slots[: v.n_tokens[0] * k] for v in views]
         pairs = [bounds.pairs(flat, rank) for flat in flats]
-        starts = np.zeros(bounds.size + 1, np.int64)
-        np.cumsum([p.size for p in pairs], out=starts[1:])
+        starts = [0, *accumulate(p.size for p in pairs)]
         self._starts[lane] = starts
-        rows_ND = torch.empty(int(starts[-1]), bounds.width, dtype=bounds.dtype)
-        slot_N = torch.empty(int(starts[-1]), dtype=torch.int32)
+        rows_ND = torch.empty(starts[-1], bounds.width, dtype=bounds.dtype)
+        slot_N = torch.empty(starts[-1], dtype=torch.int32)
         rows, slot = raw(rows_ND), slot_N.numpy()
-        for source in np.flatnonzero(starts[1:] > starts[:-1]):
-            lo, hi = starts[source], starts[source + 1]
+        for source, (lo, hi) in enumerate(pairwise(starts)):
+            if lo == hi:
+                continue
             # "clip" lets take write straight into rows; with "raise" it would fill a copy first
-            np.take(views[source].rows, pairs[source] // k, axis=0, out=rows[lo:hi], mode="clip")
+            views[source].rows.take(pairs[source] // k, axis=0, out=rows[lo:hi], mode="clip")
             np.subtract(flats[source][pairs[source]], bounds.of[rank], out=slot[lo:hi])
         self._segment.check(self._generation)
         return rows_ND, slot_N
 
     def start_combine(self, lane: int, y_ND: Tensor) -> None:
         starts = self._starts[lane]
-        self._bounds.check_results(y_ND, int(starts[-1]))
+        self._bounds.check_results(y_ND, starts[-1])
         self._take(lane, "start_combine")
         mine = self._views[lane][self._group.rank]
         mine.starts[:] = starts
