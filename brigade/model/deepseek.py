@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brigade.comm.exchange import ExpertExchange
 from brigade.kernels import reference as ops
 from brigade.model import rotary
 from brigade.model.batch import Batch
@@ -60,6 +61,8 @@ class DeepSeek:
         self.spec, self.a, self.w = spec, spec.attention, weights
         self.attn = [Attention.of(weights, f"model.layers.{i}.self_attn", self.a) for i in range(spec.n_layers)]
         self.scale = rotary.score_scale(spec.rope, self.a.qk)
+        self.exchange: ExpertExchange | None = None
+        """How rows reach experts of other ranks, where the weights hold only some of them."""
 
     def attach(self, cache: KvCache, context: int) -> None:
         """Give it its cache, once it is known how much memory the weights left."""
@@ -107,7 +110,15 @@ class DeepSeek:
             raise TypeError(f"{at} is not a mixture of experts")
         ids_TK, w_TK = ops.route(x_TD, w[f"{at}.gate.weight"], w[f"{at}.gate.e_score_correction_bias"], moe)
         gate, up, down = (w[f"{at}.experts.*.{name}_proj.weight"] for name in ("gate", "up", "down"))
-        y_TD = ops.experts(x_TD, ids_TK, w_TK, gate, up, down)
+        if self.exchange is None:
+            y_TD = ops.experts(x_TD, ids_TK, w_TK, gate, up, down)
+        else:
+            self.exchange.start_dispatch(0, x_TD, ids_TK.int())
+            rows_ND, mine_N = self.exchange.finish_dispatch(0)
+            one_N1 = torch.ones(len(mine_N), 1)
+            y_ND = ops.experts(rows_ND, mine_N[:, None].long(), one_N1, gate, up, down)
+            self.exchange.start_combine(0, y_ND.float())
+            y_TD = torch.einsum("tkd,tk->td", self.exchange.finish_combine(0), w_TK).to(x_TD.dtype)
         return y_TD + self.mlp(x_TD, f"{at}.shared_experts") if moe.n_shared else y_TD
 
     def mlp(self, x_TD: Tensor, at: str) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brigade.comm.exchange import ExpertExchange
 from brigade.kernels.cpu import structs
 from brigade.kernels.cpu.layers import FeedForward, GqaLayer, Head, Kernels, MlaLayer, Read, padded
 from brigade.kernels.cpu.packed import Kind
@@ -36,6 +37,8 @@ class CpuModel:
         ]
         head = self.embed if spec.tied_head else read("lm_head.weight")
         self.head = Head(kernels, spec, read, head, kind)
+        self.exchange: ExpertExchange | None = None
+        """How rows reach experts of other ranks, where `read` gives only some of them."""
         self.cache: KvCache
         self.cos: Tensor
         self.sin: Tensor
@@ -53,8 +56,22 @@ class CpuModel:
         step, _held = self._step(batch)
         for i, (attention, feed_forward) in enumerate(self.layers):
             attention(x_TD, step, self.cache.layers[i])
-            feed_forward(x_TD)
+            if self.exchange is None or not self.spec.is_moe(i):
+                feed_forward(x_TD)
+            else:
+                self._spread(feed_forward, x_TD, self.exchange)
         return self.head(x_TD[batch.sample_R])
+
+    def _spread(self, layer: FeedForward, x_TD: Tensor, exchange: ExpertExchange) -> None:
+        """A layer whose routed experts lie on several ranks: the same sums in the same order as on one."""
+        dim = self.spec.dim
+        routed = layer.route(x_TD)
+        exchange.start_dispatch(0, routed.x_TD[:, :dim], routed.ids_TK[:, : layer.top_k].contiguous())
+        rows_ND, mine_N = exchange.finish_dispatch(0)
+        rows_ND = F.pad(rows_ND, (0, padded(dim) - dim)) if dim % padded(1) else rows_ND
+        exchange.start_combine(0, layer.routed_experts(rows_ND, mine_N)[:, :dim])
+        layer.add_routed(exchange.finish_combine(0), routed, x_TD)
+        layer.add_shared(routed, x_TD)
 
     def _step(self, batch: Batch) -> tuple[structs.Step, object]:
         """The step as the kernels see it, and what must live as long."""

@@ -33,8 +33,9 @@ class Checkpoint:
     Raises BadCheckpoint for a missing, truncated or foreign file, and for a missing, unknown or misshapen tensor.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec) -> None:
-        self.spec = spec
+    def __init__(self, folder: Path, spec: ModelSpec, experts: range | None = None) -> None:
+        """`experts`: the routed experts of each layer that are to be read; None: all. All are checked."""
+        self.spec, self.experts = spec, experts
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         for path in _tensor_files(folder):
@@ -61,11 +62,11 @@ class Checkpoint:
         def read(name: str) -> Tensor:
             nonlocal done
             p = by_name[name]
-            out = _room(p, dtype)
-            parts = out if p.per_expert else [out]
-            for (tensor, _), part in zip(p.tensors(), parts, strict=True):
+            mine = self._mine(p)
+            out = _room(p, dtype, len(mine))
+            for tensor, part in zip(mine, out if p.per_expert else [out], strict=True):
                 self._copy(tensor, part)
-                done += self._bytes_of(p) // len(parts)
+                done += self._bytes_of(p) // len(mine)
                 progress(done)
             return out
 
@@ -75,6 +76,11 @@ class Checkpoint:
         """Every parameter by name."""
         read = self.reader(dtype, progress)
         return {p.name: read(p.name) for p in self.params}
+
+    def _mine(self, p: Param) -> list[str]:
+        """Checkpoint tensors of a parameter that are read."""
+        names = [name for name, _ in p.tensors()]
+        return names if self.experts is None or not p.per_expert else [names[e] for e in self.experts]
 
     def _copy(self, name: str, out: Tensor) -> None:
         file = self._open[self._file_of[name]]
@@ -102,8 +108,9 @@ class Checkpoint:
         return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
 
     def _bytes_of(self, p: Param) -> int:
-        first = next(p.tensors())[0]
-        return p.size * PLAIN_DTYPES.get(self._dtype(first), 1)
+        names = [name for name, _ in p.tensors()]
+        size = p.size // len(names) * len(self._mine(p))
+        return size * PLAIN_DTYPES.get(self._dtype(names[0]), 1)
 
     def _check(self) -> None:
         expected: set[str] = set()
@@ -155,9 +162,11 @@ class Checkpoint:
         return self.spec.n_layers <= int(parts[2]) < self.spec.n_layers + self.spec.n_mtp
 
 
-def _room(p: Param, dtype: torch.dtype) -> Tensor:
+def _room(p: Param, dtype: torch.dtype, n: int) -> Tensor:
+    """Memory for a parameter, or for n experts of one that is stacked."""
+    shape = (n, *p.shape[1:]) if p.per_expert else p.shape
     try:
-        return torch.empty(p.shape, dtype=torch.float32 if p.exact else dtype)
+        return torch.empty(shape, dtype=torch.float32 if p.exact else dtype)
     except RuntimeError as e:  # torch has no type of its own for this on the CPU
         raise MemoryError(f"no memory for '{p.name}' ({p.size} numbers as {dtype}): {e}") from e
 

@@ -99,6 +99,10 @@ static void run_experts(Pool* pool, int32_t kind) {
         experts(pool, x.x.data, x.stride, ids.data, weights.data, residual.data, dim, n, k, n_experts, &gate_up.matrix,
                 &down.matrix);
         expect_finite(residual, "experts");
+        Array<float> results(n * k * dim);
+        fill(results);
+        add_weighted(pool, results.data, dim, ids.data, weights.data, k, k, residual.data, dim, n);
+        expect_finite(residual, "add_weighted");
       }
   }
 }

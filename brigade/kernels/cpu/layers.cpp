@@ -253,3 +253,30 @@ EXPORT void experts(Pool* pool, const bf16* x, int64_t x_stride, const int32_t* 
   auto run = gate_up->kind == BF16 ? run_experts<BF16> : gate_up->kind == INT8 ? run_experts<INT8> : run_experts<INT4>;
   run(*pool, buffer, x, x_stride, ids, weights, residual, stride, n_tokens, k, n_experts, *gate_up, *down);
 }
+
+// residual += weight * y for the k results of each row, in the order of their experts' ids, as run_experts adds them.
+// y: [n_tokens][k][dim]; ids, weights: [n_tokens][stride_ids], of which the first k count.
+EXPORT void add_weighted(Pool* pool, const float* y, int64_t dim, const int32_t* ids, const float* weights, int64_t ids_stride,
+                         int64_t k, float* residual, int64_t stride, int64_t n_tokens) {
+  auto add = [&](int64_t t) {
+    const int32_t* id = ids + t * ids_stride;
+    float* to = residual + t * stride;
+    auto before = [&](int64_t a, int64_t b) { return id[a] != id[b] ? id[a] < id[b] : a < b; };
+    for (int64_t last = -1, n = 0; n < k; n++) {
+      int64_t next = -1;  // the first of those after the last one
+      for (int64_t i = 0; i < k; i++)
+        if ((last < 0 || before(last, i)) && (next < 0 || before(i, next))) next = i;
+      last = next;
+      const float* from = y + (t * k + next) * dim;
+      const __m512 w = _mm512_set1_ps(weights[t * ids_stride + next]);
+      for (int64_t i = 0; i < dim; i += 16) {
+        const __mmask16 lanes = first(dim - i);
+        const __m512 sum = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(lanes, from + i), _mm512_maskz_loadu_ps(lanes, to + i));
+        _mm512_mask_storeu_ps(to + i, lanes, sum);
+      }
+    }
+  };
+  Pool::Job& job = pool->open();
+  job.phase(n_tokens, add);
+  pool->run(job);
+}

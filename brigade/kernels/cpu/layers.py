@@ -7,6 +7,7 @@ for, so that a layer's originals are gone before the next layer is read.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,10 +124,22 @@ class GqaLayer:
         k.library.gqa(k.pool, self._struct, step, residual.data_ptr(), residual.stride(0), cache_PSW.data_ptr())
 
 
+class Routed(NamedTuple):
+    """Rows of a feed-forward layer and where they go."""
+
+    x_TD: Tensor
+    """Normalised residual, bf16 [T, stride]."""
+    ids_TK: Tensor
+    """int32: the chosen experts, then the shared ones as the layer itself counts them."""
+    weights_TK: Tensor
+
+
 class FeedForward:
     """residual += feed-forward of the normalised residual: routed and shared experts, or one plain network.
 
     Shared experts of n times an expert's width are n more experts with weight 1, and a plain network is one expert.
+    Where `read` gives only some of the routed experts, the layer runs in parts: route, then routed_experts on rows of
+    all ranks, then add_routed and add_shared, which add what one call of the whole layer adds, in the same order.
     """
 
     def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, layer: int, kind: Kind) -> None:
@@ -136,7 +149,8 @@ class FeedForward:
         moe = spec.moe if spec.is_moe(layer) else None
         self._gate = self._read_gate(moe, read, f"{at}.mlp") if moe else None
         self._n_fixed = (moe.n_shared if moe else 1) or 0
-        self._k = (moe.top_k if moe else 0) + self._n_fixed
+        self.top_k = moe.top_k if moe else 0
+        self._k = self.top_k + self._n_fixed
         gate_up, down = _experts(moe, spec, read, f"{at}.mlp")
         self.n_experts = len(down)
         self._gate_up = kernels.pack(gate_up, kind, paired=True)
@@ -155,6 +169,9 @@ class FeedForward:
         )
 
     def __call__(self, residual: Tensor) -> None:
+        self._run(*self.route(residual), residual)
+
+    def route(self, residual: Tensor) -> Routed:
         k, n, stride = self._kernels, residual.shape[0], residual.stride(0)
         x = torch.empty(n, stride, dtype=torch.bfloat16)
         ids = torch.empty(n, self._k, dtype=torch.int32)
@@ -166,9 +183,35 @@ class FeedForward:
             *(k.pool, residual.data_ptr(), stride, self._norm.data_ptr(), self._eps, self._dim, n),
             *(x.data_ptr(), stride, self._gate, ids.data_ptr(), weights.data_ptr(), self._k),
         )
+        return Routed(x, ids, weights)
+
+    def routed_experts(self, rows_ND: Tensor, expert_N: Tensor) -> Tensor:
+        """Each row, bf16 [N, stride], through one of this layer's experts (int32 [N]): float32 [N, stride]."""
+        y_ND = torch.zeros(rows_ND.shape)
+        self._run(rows_ND, expert_N[:, None].contiguous(), torch.ones(len(expert_N), 1), y_ND)
+        return y_ND
+
+    def add_routed(self, y_TKD: Tensor, routed: Routed, residual: Tensor) -> None:
+        """residual += weights * results of the chosen experts, in the order of their ids as in a whole layer."""
+        n, k, dim = y_TKD.shape
+        self._kernels.library.add_weighted(
+            *(self._kernels.pool, y_TKD.data_ptr(), dim, routed.ids_TK.data_ptr(), routed.weights_TK.data_ptr()),
+            *(self._k, k, residual.data_ptr(), residual.stride(0), n),
+        )
+
+    def add_shared(self, routed: Routed, residual: Tensor) -> None:
+        """residual += the shared experts."""
+        if self._n_fixed:
+            fixed = slice(self.top_k, None)
+            ids, weights = routed.ids_TK[:, fixed].contiguous(), routed.weights_TK[:, fixed].contiguous()
+            self._run(routed.x_TD, ids, weights, residual)
+
+    def _run(self, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor) -> None:
+        k = self._kernels
         k.library.experts(
-            *(k.pool, x.data_ptr(), stride, ids.data_ptr(), weights.data_ptr(), residual.data_ptr(), stride),
-            *(n, self._k, self.n_experts, self._gate_up.matrix, self._down.matrix),
+            *(k.pool, x.data_ptr(), x.stride(0), ids.data_ptr(), weights.data_ptr()),
+            *(residual.data_ptr(), residual.stride(0), len(x), ids.shape[1], self.n_experts),
+            *(self._gate_up.matrix, self._down.matrix),
         )
 
 

@@ -84,6 +84,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "mla": (_P, POINTER(Mla), POINTER(Step), _P, _L, _P),
     "gqa": (_P, POINTER(Gqa), POINTER(Step), _P, _L, _P),
     "norm_and_route": (_P, _P, _L, _P, c_float, _L, _L, _P, _L, POINTER(Gate), _P, _P, _L),
+    "add_weighted": (_P, _P, _L, _P, _P, _L, _L, _P, _L, _L),
     "experts": (_P, _P, _L, _P, _P, _P, _L, _L, _L, _L, POINTER(Matrix), POINTER(Matrix)),
 }
 
