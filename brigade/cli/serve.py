@@ -69,7 +69,15 @@ def serve(
         int, typer.Option(help="Tokens a step may compute: the size of a prefill chunk.")
     ] = _ENGINE.max_step_tokens,
     depth: Annotated[int, typer.Option(help="Steps in flight; 2 plans one while another runs.")] = _ENGINE.depth,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: every core it may use.")] = _ENGINE.threads,
+    ranks: Annotated[
+        int, typer.Option(help="Worker processes: experts are spread over them, attention is data-parallel.")
+    ] = _ENGINE.ranks,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads of a rank; 0: all cores, shared by the ranks.")
+    ] = _ENGINE.threads,
+    rank_deadline: Annotated[
+        float, typer.Option(help="Seconds a rank waits for the others before the unit is restarted.")
+    ] = _ENGINE.rank_deadline,
     step_deadline: Annotated[
         float, typer.Option(help="Seconds without progress after which the worker is replaced.")
     ] = _ENGINE.step_deadline,
@@ -93,7 +101,9 @@ def serve(
             max_waiting=max_waiting,
             max_step_tokens=max_step_tokens,
             depth=depth,
+            ranks=ranks,
             threads=threads,
+            rank_deadline=rank_deadline,
             step_deadline=step_deadline,
         )
         web = ServeConfig(

@@ -23,6 +23,10 @@ class Machine:
     cores: int
     free_bytes: int
 
+    def part(self, n: int) -> "Machine":
+        """What one of n processes on this machine may use."""
+        return Machine(max(1, self.cores // n), self.free_bytes // n)
+
 
 @dataclass(frozen=True, slots=True)
 class Computing:

@@ -1,11 +1,12 @@
-"""The engine as its callers see it: owns a worker process, watches it, replaces it, hands tokens to generations.
+"""The engine as its callers see it: owns a unit of worker processes, watches and replaces it, hands out its tokens.
 
-Life of a worker process:
+Life of a unit:
 1. started and told what to load; Loading... then Ready, or Failed.
-2. up: requests go out, steps come back, and it answers pings between steps.
-3. lost: the channel closed (it died), or nothing came from it for too long (it is stuck and gets killed). Every
-   generation in flight ends with Unavailable, and a new worker is started: at once, then after ever longer pauses.
-4. closed: the channel is closed; the process ends by itself or is killed.
+2. up: requests go out, each to one rank; steps come back, and every rank answers pings between steps.
+3. lost: the channel of a rank closed (it died), a rank waited for another one in vain, or nothing came from a rank for
+   too long (it is stuck and gets killed). Every generation in flight ends with Unavailable, and a new unit is started:
+   at once, then after ever longer pauses.
+4. closed: the channels are closed; the processes end by themselves or are killed.
 """
 
 import asyncio
@@ -18,13 +19,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from brigade.comm.channel import ChannelBroken, ChannelClosed
+from brigade.comm.channel import ChannelBroken
 from brigade.engine.config import EngineConfig
 from brigade.engine.generation import Generation
-from brigade.engine.messages import Abort, Add, FromWorker, Loading, Ping, Pong, Ready, Refused, Stats, Step, Token
+from brigade.engine.messages import (
+    Abort,
+    Add,
+    FromWorker,
+    Loading,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Stats,
+    Step,
+    Token,
+    Wake,
+)
 from brigade.engine.output import BadRequest, EngineError, Health, LoadError, Observer, QueueFull, Timings, Unavailable
-from brigade.engine.process import WorkerProcess
+from brigade.engine.router import Router
 from brigade.engine.tokenizer import Tokenizer
+from brigade.engine.unit import RankLost, Unit
 from brigade.spec.config import BadConfig, read_json, read_spec
 from brigade.spec.sampling import SamplingParams
 
@@ -53,7 +68,7 @@ class Unobserved:
 
 
 class Engine:
-    """One model, served by one worker process. Make it with `start`; use it from one event loop."""
+    """One model, served by one unit of worker processes. Make it with `start`; use it from one event loop."""
 
     def __init__(self, config: EngineConfig, observer: Observer | None = None) -> None:
         """Reads the small files of the checkpoint. Raises LoadError."""
@@ -75,11 +90,14 @@ class Engine:
         self._observer = observer or Unobserved()
         self._generations: dict[int, Generation] = {}
         self._rids = itertools.count()
-        self._stats = _IDLE
-        self._worker: WorkerProcess | None = None
+        self._stats = [_IDLE] * config.ranks
+        self._unit: Unit | None = None
+        self._router: Router
+        self._wakes = itertools.count(1)
         self._up = asyncio.Event()
-        self._n_heard = 0
-        self._heard = self._stepped = 0.0
+        self._n_heard = [0] * config.ranks
+        self._heard = [0.0] * config.ranks
+        self._stepped = 0.0
         self._draining = self._closed = False
         self.failed = False
         """A bug ended the engine: it will not come back."""
@@ -117,7 +135,7 @@ class Engine:
         self.check(params)
         self._check_prompt(prompt, params.max_tokens)
         self._refuse_if_ending()
-        if len(self._generations) >= self.config.max_running + self.config.max_waiting:
+        if len(self._generations) >= self.config.ranks * self.config.max_running + self.config.max_waiting:
             raise QueueFull(
                 f"{len(self._generations)} requests are running or waiting, which is the limit; try again", 1.0
             )
@@ -127,10 +145,10 @@ class Engine:
         self._generations[generation.rid] = generation
         self._empty.clear()
         try:
-            worker = await self._reach_worker()
-            if not self._stats.running and not self._stats.waiting:
-                self._stepped = time.monotonic()  # an idle worker makes no steps: count from now
-            worker.channel.send(Add(generation.rid, prompt, params, salt))
+            unit = await self._reach_unit()
+            if not any(s.running or s.waiting for s in self._stats):
+                self._stepped = time.monotonic()  # an idle unit makes no steps: count from now
+            self._add(unit, Add(generation.rid, prompt, params, salt, next(self._wakes)))
         except Unavailable as e:
             generation.fail(e)
             raise
@@ -158,13 +176,17 @@ class Engine:
         now = time.monotonic()
         if self._generations and now - self._stepped > min(READY_STEP_DEADLINE, self.config.step_deadline):
             return Health(False, f"no step was finished for {now - self._stepped:.0f} s")
-        if not self._generations and now - self._heard > PING_DEADLINE:
-            return Health(False, f"the idle worker has not answered for {now - self._heard:.0f} s")
+        silent = now - min(self._heard)
+        if not self._generations and silent > PING_DEADLINE:
+            return Health(
+                False, f"{self._who(self._heard.index(min(self._heard)))} has not answered for {silent:.0f} s"
+            )
         return Health(True, "ok")
 
     def stats(self) -> Stats:
-        """The rank's state after its last step or ping."""
-        return self._stats
+        """The unit's state after its last step or ping: sums over its ranks, but steps are those of the busiest."""
+        columns = list(zip(*((s.running, s.waiting, s.pages_used, s.n_preempted) for s in self._stats), strict=True))
+        return Stats(max(s.n_steps for s in self._stats), *map(sum, columns))
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones go on."""
@@ -180,16 +202,29 @@ class Engine:
         return True
 
     async def close(self) -> None:
-        """End the worker process. Generations in flight end with Unavailable."""
+        """End the worker processes. Generations in flight end with Unavailable."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._drop_all("the engine was closed")
         self._up.set()  # wakes those who wait for a restart; they are told that the engine was closed
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            await worker.end()
+        unit, self._unit = self._unit, None
+        if unit is not None:
+            await unit.end()
+
+    def _add(self, unit: Unit, add: Add) -> None:
+        """Give a request to a rank and wake the others: they run their steps together."""
+        mine = self._router.place(add.rid, add.prompt, add.params.max_tokens, add.salt)
+        for rank in range(self.config.ranks):
+            unit.send(rank, add if rank == mine else Wake(add.wake))
+
+    def _abort(self, rid: int) -> None:
+        if self._unit is not None and (rank := self._router.rank_of(rid)) is not None:
+            self._unit.send(rank, Abort(rid))
+
+    def _who(self, rank: int) -> str:
+        return "the worker" if self.config.ranks == 1 else f"rank {rank}"
 
     def _check_prompt(self, prompt: list[int], max_tokens: int) -> None:
         if not prompt:
@@ -211,36 +246,40 @@ class Engine:
         if self._draining:
             raise Unavailable("shutting down")
 
-    async def _reach_worker(self) -> WorkerProcess:
+    async def _reach_unit(self) -> Unit:
         try:
             await asyncio.wait_for(self._up.wait(), RESTART_WAIT)
         except TimeoutError:
             raise Unavailable(f"no worker: {self._failure}") from None
         self._refuse_if_ending()
-        if self._worker is None:
+        if self._unit is None:
             raise Unavailable(f"no worker: {self._failure}")
-        return self._worker
+        return self._unit
 
     def _on_end(self, generation: Generation, tell_worker: bool) -> None:
         self._generations.pop(generation.rid, None)
         if not self._generations:
             self._empty.set()
-        if tell_worker and self._worker is not None:
-            self._worker.channel.send(Abort(generation.rid))
+        if tell_worker:
+            self._abort(generation.rid)
+        self._router.ended(generation.rid)
 
     async def _spawn(self, progress: Callable[[Loading], None]) -> None:
-        """Start a worker and wait until it is ready. Raises LoadError."""
-        self._worker = await WorkerProcess.start(self.config)
-        self.ready = await self._worker.ready(progress)
-        self._heard = self._stepped = time.monotonic()
+        """Start a unit and wait until it is ready. Raises LoadError."""
+        ranks = self.config.ranks
+        self._unit, self.ready = await Unit.start(self.config, self.spec, progress)
+        pages = self.ready.n_pages // ranks
+        self._router = Router(self.spec, ranks, self.config.max_running, self.ready.page, pages)
+        self._stepped = time.monotonic()
+        self._heard = [self._stepped] * ranks
         self._up.set()
 
     async def _keep_alive(self) -> None:
-        """Serve with one worker after another. The first one is up already."""
+        """Serve with one unit after another. The first one is up already."""
         n_failed = 0
         while True:
             if self._up.is_set():
-                served = await self._serve_worker()
+                served = await self._serve_unit()
                 n_failed = 0 if served else n_failed + 1
             await asyncio.sleep(min(0.5 * (2 ** min(n_failed, 10) - 1), LONGEST_PAUSE))
             self._observer.restarted()
@@ -253,38 +292,40 @@ class Engine:
                 log.error(self._failure)
                 await self._bury()
 
-    async def _serve_worker(self) -> bool:
-        """Hand messages out until the worker is lost; whether it finished any step."""
-        worker, served = self._worker, False
-        assert worker is not None
+    async def _serve_unit(self) -> bool:
+        """Hand messages out until the unit is lost; whether it finished any step."""
+        unit, served = self._unit, False
+        assert unit is not None
         try:
             while True:
-                for message in await worker.channel.receive():
-                    served |= isinstance(message, Step)
-                    self._take(message)
-        except (ChannelClosed, ChannelBroken) as e:
+                rank, message = await unit.receive()
+                served |= isinstance(message, Step)
+                self._take(rank, message)
+        except (RankLost, ChannelBroken) as e:
             self._up.clear()
-            self._stats = _IDLE
+            self._stats = [_IDLE] * self.config.ranks
             self._failure = f"the worker process was lost ({e}); it is being restarted"
             # Clients first: finding out why can take a moment.
             self._drop_all("the worker process was lost while it ran this request; it is being restarted, try again")
-            if isinstance(e, ChannelBroken):
-                worker.kill()
+            log.error("the worker process was lost: %s", e)
+            if isinstance(e, ChannelBroken) or self.config.ranks > 1:
+                unit.kill()  # what is left of it cannot go on
         log.error("the worker process was lost: %s", await self._bury())
         return served
 
-    def _take(self, message: FromWorker) -> None:
-        self._heard = time.monotonic()
-        self._n_heard += 1
+    def _take(self, rank: int, message: FromWorker) -> None:
+        self._heard[rank] = time.monotonic()
+        self._n_heard[rank] += 1
         match message:
             case Step(tokens, stats):
-                self._stepped = self._heard
-                self._stats = stats
+                self._stepped = self._heard[rank]
+                self._stats[rank] = stats
                 for token in tokens:
+                    self._router.got_token(token.rid)
                     if generation := self._generations.get(token.rid):
                         self._push(generation, token)
             case Pong(_, stats):
-                self._stats = stats
+                self._stats[rank] = stats
             case Refused(rid, text):
                 if generation := self._generations.get(rid):
                     generation.fail(BadRequest(text))
@@ -303,29 +344,29 @@ class Engine:
         except BaseException as e:
             log.exception("request %d failed", generation.rid)
             generation.fail(EngineError(f"this request's text cannot be made: {type(e).__name__}"))
-            if self._worker is not None:
-                self._worker.channel.send(Abort(generation.rid))
+            self._abort(generation.rid)
 
     async def _watch(self) -> None:
-        """Ping the worker; kill it when it is stuck, so that nothing waits for it for ever.
+        """Ping every rank; kill one that is stuck, so that nothing waits for it for ever.
 
         What counts are our own rounds in which nothing came, not the clock: after this process itself was paused, the
         worker's answers lie unread and nobody is to blame.
         """
         pause = min(PING_EVERY, self.config.step_deadline / 4)
-        n_heard, n_silent = -1, 0
+        n_heard, n_silent = [-1] * self.config.ranks, [0] * self.config.ranks
         for seq in itertools.count():
             await asyncio.sleep(pause)
-            if not self._up.is_set() or self._worker is None:
+            if not self._up.is_set() or self._unit is None:
                 continue
-            n_silent = n_silent + 1 if self._n_heard == n_heard else 0
-            n_heard = self._n_heard
-            if n_silent * pause > self.config.step_deadline:
-                log.error("nothing came from the worker for %.1f s; killing it", n_silent * pause)
-                self._worker.kill()
-                n_silent = 0
-            else:
-                self._worker.channel.send(Ping(seq))
+            for rank in range(self.config.ranks):
+                n_silent[rank] = n_silent[rank] + 1 if self._n_heard[rank] == n_heard[rank] else 0
+                n_heard[rank] = self._n_heard[rank]
+                if n_silent[rank] * pause > self.config.step_deadline:
+                    log.error("nothing came from %s for %.1f s; killing it", self._who(rank), n_silent[rank] * pause)
+                    self._unit.workers[rank].kill()
+                    n_silent[rank] = 0
+                else:
+                    self._unit.send(rank, Ping(seq))
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
         """A task that ends by itself is a bug: say so and let nobody wait."""
@@ -342,7 +383,7 @@ class Engine:
             generation.fail(Unavailable(why))
 
     async def _bury(self) -> str:
-        """Part with the current worker; says how it ended."""
+        """Part with the current unit; says how it ended."""
         self._up.clear()
-        worker, self._worker = self._worker, None
-        return await worker.end() if worker is not None else "it was not started"
+        unit, self._unit = self._unit, None
+        return await unit.end() if unit is not None else "it was not started"

@@ -39,8 +39,12 @@ class EngineConfig:
     """Tokens a step may compute: the size of a prefill chunk and so the longest pause of a running decode."""
     depth: int = 1
     """Steps in flight: 1 waits for each step; 2 plans the next one while a step runs."""
+    ranks: int = 1
+    """Worker processes of the unit: routed experts are spread over them, attention is data-parallel."""
     threads: int = 0
-    """CPU threads of the worker; 0: all cores this process may use."""
+    """CPU threads of each rank; 0: the cores this process may use, shared by the ranks."""
+    rank_deadline: float = 5.0
+    """Seconds that a rank waits for the others in a step before it says who is missing and the unit is restarted."""
     step_deadline: float = 60.0
     """Seconds without progress after which the worker is considered stuck, killed and replaced."""
 
@@ -53,11 +57,13 @@ class EngineConfig:
             ("max_waiting", 0, 1 << 20),
             ("max_step_tokens", 1, 1 << 20),
             ("depth", 1, 4),
+            ("ranks", 1, 64),
+            ("rank_deadline", 0.1, 3600),
             ("threads", 0, 1024),
             ("step_deadline", 0.1, 3600),
         ):
             value = getattr(self, name)
-            kinds = (int, float) if name == "step_deadline" else (int,)
+            kinds = (int, float) if name.endswith("_deadline") else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ValueError(f"{name} must be a {'' if float in kinds else 'whole '}number, not {value!r}")
             if not low <= value <= high:

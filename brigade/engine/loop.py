@@ -11,9 +11,12 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from brigade.comm.channel import Channel, ChannelClosed
+from brigade.comm.group import Alone, Group, PeerLost
+from brigade.core.lockstep import Shape, agree
 from brigade.core.pages import PagePool
 from brigade.core.request import Request
 from brigade.core.scheduler import Scheduler, StepPlan
@@ -24,6 +27,7 @@ from brigade.engine.messages import (
     Failed,
     Loading,
     Logprob,
+    Lost,
     Ping,
     Pong,
     Ready,
@@ -33,7 +37,9 @@ from brigade.engine.messages import (
     Step,
     Token,
     ToWorker,
+    Wake,
 )
+from brigade.engine.unit_rank import UnitRank
 from brigade.engine.worker import Worker, stop_ids
 from brigade.model.sampling import BROKEN, Choice
 
@@ -43,14 +49,27 @@ Run = Callable[..., Any]
 
 
 class Loop:
-    """Drives one scheduler and one worker. `depth` 1 runs a step where it stands; more plans ahead of a running step.
+    """Drives one scheduler and one worker, in step with the other ranks of `group`.
+
+    `depth` 1 runs a step where it stands; more plans ahead of a running step.
 
     Everything the worker is told passes through `_do`, in order, so that with a step running behind, a request is
     forgotten only after the steps that still have it.
     """
 
-    def __init__(self, worker: Worker, scheduler: Scheduler, channel: "Channel[ToWorker]", depth: int) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        scheduler: Scheduler,
+        channel: "Channel[ToWorker]",
+        depth: int,
+        group: Group | None = None,
+    ) -> None:
         self.worker, self.scheduler, self.channel, self.depth = worker, scheduler, channel, depth
+        self.group = group or Alone()
+        self.wake = 0
+        """Number of the last wake call heard."""
+        self.asleep = True
         self.pending: deque[tuple[StepPlan, Future[dict[int, Choice]]]] = deque()
         self.n_steps = 0
         self._behind = ThreadPoolExecutor(1) if depth > 1 else None
@@ -67,20 +86,27 @@ class Loop:
                 self._behind.shutdown()
 
     def turn(self) -> None:
-        """Once round: sleeps only when there is nothing to run and nothing to wait for."""
-        idle = not self.pending and not self.scheduler.busy
-        for message in self.channel.poll(None if idle else 0):
+        """Once round: sleeps only when no rank has anything to run or to wait for."""
+        for message in self.channel.poll(None if self.asleep else 0):
             self.take(message)
+        if self.asleep:
+            return  # whatever came, the other ranks are asleep too
         plan = self.scheduler.plan()
-        if plan:
+        mine = Shape(plan.n_tokens, self.scheduler.busy or bool(self.pending), self.wake)
+        agreed = agree([Shape(n, bool(busy), wake) for n, busy, wake in self.group.share(mine)])
+        if agreed.run:
             self.pending.append((plan, self._do(self.worker.run, plan)))
-        if self.pending and (len(self.pending) >= self.depth or not plan):
+        if self.pending and (len(self.pending) >= self.depth or not agreed.run):
             self.commit(*self.pending.popleft())
+        self.asleep = agreed.sleep
 
     def take(self, message: ToWorker) -> None:
         match message:
             case Add():
+                self.wake, self.asleep = message.wake, False
                 self._add(message)
+            case Wake(wake):
+                self.wake, self.asleep = wake, False
             case Abort(rid):
                 if self.scheduler.abort(rid):
                     self._do(self.worker.forget, rid)
@@ -102,7 +128,8 @@ class Loop:
         for rid in [req.rid for req in finished] + broken:
             self._do(self.worker.forget, rid)
         self.n_steps += 1
-        self.channel.send(Step(tokens, self.stats()))
+        if plan:
+            self.channel.send(Step(tokens, self.stats()))
 
     def stats(self) -> Stats:
         s = self.scheduler
@@ -153,14 +180,17 @@ def _progress(channel: "Channel[ToWorker]") -> Callable[[int, int], None]:
 
 
 def main(fd: int) -> int:
-    """The worker process. Exit code 0 when told to end, 2 when the model cannot be loaded."""
+    """The worker process. Exit code 0 when told to end, 2 when the model cannot be loaded, 3 when another rank of the
+    unit is lost."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the channel when it is done
     logging.basicConfig(level=os.environ.get("BRIGADE_LOG_LEVEL", "WARNING"), stream=sys.stderr)
     channel: Channel[ToWorker] = Channel(socket.socket(fileno=fd), ToWorker)
     try:
-        config = _start(channel).config
+        start = _start(channel)
+        config = start.config
         try:
-            worker, resolved = Worker.load(config, auto.this_machine(), _progress(channel))
+            unit = UnitRank(start.rank, config.ranks, start.segment, config.rank_deadline)
+            worker, resolved = Worker.load(config, auto.this_machine(), _progress(channel), unit)
             worker.warm_up()
         except (ValueError, MemoryError) as e:
             channel.send(Failed(str(e)))
@@ -168,7 +198,11 @@ def main(fd: int) -> int:
         pool = PagePool(resolved.n_pages, config.page)
         scheduler = Scheduler(pool, max_step_tokens=config.max_step_tokens, max_running=config.max_running)
         channel.send(Ready(resolved.n_pages, config.page, resolved.max_context, resolved.notes))
-        Loop(worker, scheduler, channel, config.depth).run()
+        Loop(worker, scheduler, channel, config.depth, unit.group).run()
+    except PeerLost as e:
+        with suppress(ChannelClosed):  # when a unit ends, its ranks are stopped after their channels
+            channel.send(Lost(list(e.ranks), str(e)))
+        return 3
     except ChannelClosed:
         log.info("the channel was closed; ending")
     return 0

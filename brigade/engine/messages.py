@@ -10,6 +10,9 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """The first message to a new worker: what to load and how to run it."""
 
     config: EngineConfig
+    rank: int = 0
+    segment: int = -1
+    """File number of the memory that the ranks of a unit share; -1 for a unit of one."""
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -19,6 +22,14 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     prompt: list[int]
     params: SamplingParams
     salt: str = ""
+    wake: int = 0
+    """Number of this call; the other ranks get it as Wake."""
+
+
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """Another rank got a request: run steps with it."""
+
+    wake: int
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -33,7 +44,7 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     seq: int
 
 
-ToWorker = Start | Add | Abort | Ping
+ToWorker = Start | Add | Wake | Abort | Ping
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -108,4 +119,11 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
     stats: Stats
 
 
-FromWorker = Loading | Ready | Failed | Step | Refused | Pong
+class Lost(msgspec.Struct, frozen=True, tag=True):
+    """This rank cannot go on: it waited for others in vain. The last message of a rank."""
+
+    ranks: list[int]
+    message: str
+
+
+FromWorker = Loading | Ready | Failed | Step | Refused | Pong | Lost

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from brigade.comm.channel import AsyncChannel, ChannelBroken, ChannelClosed
 from brigade.engine.config import EngineConfig
-from brigade.engine.messages import Failed, FromWorker, Loading, Ready, Start
+from brigade.engine.messages import Failed, FromWorker, Loading, Lost, Ready, Start
 from brigade.engine.output import LoadError
 
 LOAD_SILENCE = 300.0
@@ -27,20 +27,23 @@ class WorkerProcess:
         self._process, self.channel = process, channel
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> "WorkerProcess":
-        """Start the process and tell it what to load. Raises LoadError if the system cannot start one."""
+    async def start(cls, config: EngineConfig, rank: int = 0, segment: int = -1) -> "WorkerProcess":
+        """Start the process of a rank and tell it what to load. Raises LoadError if the system cannot start one.
+
+        `segment`: file number of the memory that the ranks share; the process inherits it under the same number.
+        """
         try:
             ours, theirs = socket.socketpair()
         except OSError as e:
             raise LoadError(f"no channel to a worker process can be made: {e}") from e
         with theirs:
             try:
-                process = _launch(theirs.fileno())
+                process = _launch(theirs.fileno(), segment)
             except OSError as e:
                 ours.close()
                 raise LoadError(f"no worker process can be started: {e}") from e
         worker = cls(process, await AsyncChannel.over(ours, FromWorker))
-        worker.channel.send(Start(config))
+        worker.channel.send(Start(config, rank, segment))
         return worker
 
     async def ready(self, progress: Callable[[Loading], None]) -> Ready:
@@ -53,7 +56,7 @@ class WorkerProcess:
                             progress(message)
                         case Ready():
                             return message
-                        case Failed(text):
+                        case Failed(text) | Lost(_, text):
                             raise LoadError(text)
                         case _:
                             raise ChannelBroken(f"{type(message).__name__} before Ready")
@@ -88,11 +91,11 @@ class WorkerProcess:
         return self._process.poll()
 
 
-def _launch(fd: int) -> "subprocess.Popen[bytes]":
+def _launch(fd: int, segment: int) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         # -P: -m alone would put the current directory first, and a stray module there would be run.
         [sys.executable, "-P", "-m", "brigade.engine.loop", str(fd)],
-        pass_fds=[fd],
+        pass_fds=[fd] if segment < 0 else [fd, segment],
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone; the worker ends when it closes
         env={

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from brigade.comm.exchange import ExpertExchange
 from brigade.core.scheduler import Slice, StepPlan
 from brigade.engine import auto
 from brigade.engine.config import EngineConfig
 from brigade.engine.machine import read_cpu
+from brigade.engine.unit_rank import UnitRank
 from brigade.kernels.cpu.build import Buildable, Built, find_library, look_up
 from brigade.kernels.cpu.layers import Kernels, unsupported
 from brigade.model.batch import build
@@ -45,12 +47,21 @@ class Worker:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, machine: auto.Machine, progress: Callable[[int, int], None]
+        cls,
+        config: EngineConfig,
+        machine: auto.Machine,
+        progress: Callable[[int, int], None],
+        unit: UnitRank | None = None,
     ) -> tuple["Worker", auto.Resolved]:
-        """Read the checkpoint and make the cache. Raises BadConfig (also for tensor files), ValueError, MemoryError."""
+        """Read what this rank holds of the checkpoint, meet the other ranks and make the cache.
+
+        Raises BadConfig (also for tensor files), ValueError, MemoryError and, for a unit of several ranks, PeerLost.
+        """
+        unit = unit or UnitRank(0, 1, -1, config.rank_deadline)
+        machine = machine.part(unit.size)
         folder = Path(config.model)
         spec = read_spec(folder)
-        checkpoint = Checkpoint(folder, spec)
+        checkpoint = Checkpoint(folder, spec, unit.experts(spec) if unit.size > 1 else None)
         library, why_not = _kernels(config, spec)
         computing = auto.computing(config, spec, machine, library, why_not)
         threads, threads_note = auto.threads(config, spec, machine, computing)
@@ -58,7 +69,10 @@ class Worker:
         progress(0, total)
         dtype = getattr(torch, computing.dtype)
         model = _read(checkpoint, spec, dtype, computing, threads, lambda done: progress(done, total))
-        resolved = auto.resolve(config, spec, auto.this_machine(), computing.dtype)
+        unit.meet()
+        if exchange := unit.exchange(spec, dtype):
+            _spread(model, exchange)
+        resolved = auto.resolve(config, spec, auto.this_machine().part(unit.size), computing.dtype)
         model.attach(KvCache(spec, resolved.n_pages, config.page, dtype), resolved.max_context)
         resolved.notes[:0] = [computing.note, threads_note]
         return cls(spec, model, config.page, {}), resolved
@@ -87,6 +101,12 @@ class Worker:
         for history, choice in zip(rows, choices, strict=True):
             history.append(max(choice.token, 0))  # a broken row still has a position in the steps already planned
         return dict(zip(batch.rids, choices, strict=True))
+
+
+def _spread(model: Model, exchange: ExpertExchange) -> None:
+    if isinstance(model, Dense):
+        raise TypeError("a dense model has no experts to spread")
+    model.exchange = exchange
 
 
 def stop_ids(spec: ModelSpec, params: SamplingParams) -> frozenset[int]:

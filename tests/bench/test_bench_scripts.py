@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from bench import limits, make_checkpoint, peers, session
+from bench import limits, make_checkpoint, peers, ranks, session
 from bench.child import Child, ChildFailed, JobRefused
 from bench.engines.wire import Options, decoded
 from bench.limits import Limits
@@ -261,3 +261,12 @@ class TestPeers:
 
 def test_lengths_say_how_much_stands_behind_a_decoded_token() -> None:
     assert Lengths(n_in=128, n_out=48).context == 152
+
+
+def test_ranks_of_a_tiny_model_say_the_same_in_every_layout(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--layouts", "1x1,2x1", "--concurrency", "3", "--tokens", "4", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench.ranks", str(tiny), *arguments])
+    assert ranks.main() == 0
+    assert "2 x 1" in capsys.readouterr().out

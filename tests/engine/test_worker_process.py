@@ -100,8 +100,8 @@ async def test_closing_wakes_those_who_wait_for_a_restart(monkeypatch: pytest.Mo
     engine = await Engine.start(EngineConfig())
     try:
         monkeypatch.setattr(engine, "_spawn", lambda _: asyncio.sleep(60))
-        assert engine._worker is not None
-        os.kill(engine._worker.pid, signal.SIGKILL)
+        assert engine._unit is not None
+        os.kill(engine._unit.workers[0].pid, signal.SIGKILL)
         assert await until(lambda: not engine.health().ready, 2)
         asked = asyncio.ensure_future(engine.submit([5], GREEDY))
         await asyncio.sleep(0.05)
@@ -141,7 +141,7 @@ async def main():
     engine = await Engine.start(EngineConfig())
     if {busy}:
         await start(engine)
-    print(engine._worker.pid, flush=True)
+    print(engine._unit.workers[0].pid, flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())

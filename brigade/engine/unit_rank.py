@@ -1,0 +1,44 @@
+"""One rank's place in its unit: its number, the group it meets the others in, and the experts it holds."""
+
+import torch
+
+from brigade.comm.exchange import ExpertExchange
+from brigade.comm.group import Alone, Group
+from brigade.comm.segment import Segment
+from brigade.comm.shared import SharedExchange, SharedGroup
+from brigade.core.placement import cut
+from brigade.spec.model import ModelSpec
+
+FIRST_GENERATION = 1
+LOAD_DEADLINE = 600.0
+"""Seconds that a rank which has loaded its weights waits for the others; who watches the processes gives up sooner."""
+
+
+class UnitRank:
+    """Rank `rank` of `size`. Made before the weights are read; `meet` when they are."""
+
+    def __init__(self, rank: int, size: int, segment: int, deadline: float) -> None:
+        """`segment`: file number of the shared memory, -1 for a unit of one. Raises ValueError."""
+        self.rank, self.size = rank, size
+        self._shared = SharedGroup(Segment.attach(segment), rank, deadline=deadline) if size > 1 else None
+        self.group: Group = self._shared or Alone()
+
+    def bounds(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Which experts which rank holds: rank r those from bounds[r] up to bounds[r + 1]."""
+        return (0, *(held.stop for held in cut(spec.moe.n_experts if spec.moe else 0, self.size)))
+
+    def experts(self, spec: ModelSpec) -> range:
+        """The routed experts of each layer that this rank holds."""
+        at = self.bounds(spec)
+        return range(at[self.rank], at[self.rank + 1])
+
+    def meet(self) -> None:
+        """Wait until all ranks have loaded their weights. Raises PeerLost."""
+        if self._shared is not None:
+            self._shared.form(FIRST_GENERATION, LOAD_DEADLINE)
+
+    def exchange(self, spec: ModelSpec, dtype: torch.dtype) -> ExpertExchange | None:
+        """How rows reach the experts of other ranks; None where all experts are here. Call it after `meet`."""
+        if self._shared is None or spec.moe is None:
+            return None
+        return SharedExchange(self._shared, self.bounds(spec), dtype)

@@ -1,0 +1,55 @@
+"""Requests go to the rank that has the least to do, or that has their beginning cached."""
+
+from brigade.engine.config import DEMO_MODEL
+from brigade.engine.router import Router, weights_of
+from brigade.spec.config import read_spec
+
+SPEC = read_spec(DEMO_MODEL)
+
+
+def router(n_ranks: int = 3, max_running: int = 4) -> Router:
+    return Router(SPEC, n_ranks, max_running, page=16, pages=64)
+
+
+def prompt(n: int, first: int = 1) -> list[int]:
+    return list(range(first, first + n))
+
+
+def test_equal_requests_are_dealt_out_in_turn() -> None:
+    r = router()
+    assert [r.place(i, prompt(20, 100 * i + 1), 8, "") for i in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_rank_whose_requests_ended_is_next() -> None:
+    r = router()
+    ranks = [r.place(i, prompt(20, 100 * i + 1), 8, "") for i in range(6)]
+    r.ended(4)
+    assert r.rank_of(4) is None
+    assert r.place(6, prompt(20, 901), 8, "") == ranks[4]
+
+
+def test_a_long_prompt_keeps_others_away_until_it_is_computed() -> None:
+    r = router(2)
+    assert r.place(0, prompt(400), 4, "") == 0
+    assert [r.place(i, prompt(20, 500 * i), 4, "") for i in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_a_conversation_returns_to_the_rank_that_has_its_beginning() -> None:
+    r = router()
+    assert [r.place(i, prompt(200, 1000 * i), 8, "") for i in range(3)] == [0, 1, 2]
+    for rid in range(3):
+        r.got_token(rid)
+        r.ended(rid)
+    assert r.place(3, [*prompt(200, 1000), 7, 8, 9], 8, "") == 1
+    assert r.place(4, [*prompt(200, 2000), 7, 8, 9], 8, "") == 2
+
+
+def test_where_all_ranks_are_full_a_request_waits_on_one_of_them() -> None:
+    r = router(2, max_running=1)
+    assert [r.place(i, prompt(5, 10 * i + 1), 8, "") for i in range(5)] == [0, 1, 0, 1, 0]
+
+
+def test_attention_weighs_more_in_a_model_with_more_layers_of_it() -> None:
+    w = weights_of(SPEC)
+    assert 0 < w.pair < 0.01
+    assert 0 < w.kv < 0.01
