@@ -1,4 +1,4 @@
-"""One model on one rank and on several, in turn in one session: decode tokens/s, and each layout's share of the first's.
+"""One model on one rank and on several, in turn in one session: decode tokens/s, and what share of the first it is.
 
     python -m bench.ranks CHECKPOINT --layouts 1x2,2x1,4x1 --concurrency 32
 
