@@ -20,8 +20,9 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 
 _HEADER = struct.Struct("!BQ")
 MAX_FRAME = 1 << 34
-_SHARE, _ALL_TO_ALL, _LOST = 0, 1, 255
+_SHARE, _ALL_TO_ALL, _LATE, _LOST = 0, 1, 254, 255
 FIRST_FREE_CHANNEL = 8
+_OF_DEADLINE = 0.75
 _MOST_BUFFERS = 64
 """Buffers of one sendmsg; IOV_MAX is 1024."""
 
@@ -55,6 +56,10 @@ class _Link:
             self.out.clear()
             self.receive()  # it may have said why before it went
             self.gone = self.gone or f"its connection broke: {e}"
+
+    def message(self, channel: int, data: bytes) -> None:
+        self.out.append(memoryview(_HEADER.pack(channel, len(data)) + data))
+        self.send()
 
     def receive(self) -> None:
         """All that is here."""
@@ -108,6 +113,8 @@ class Mesh:
         if not 0 <= rank < len(addresses):
             raise ValueError(f"rank: must be 0 to {len(addresses) - 1}, not {rank}")
         self.rank, self.size, self.deadline = rank, len(addresses), checked_deadline(deadline)
+        self.patience = _OF_DEADLINE * self.deadline
+        """Seconds that a wait may take; the rest of the deadline is for finding out who is lost."""
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._culprits: tuple[int, ...] = ()
         self._links: dict[int, _Link] = {}
@@ -154,12 +161,12 @@ class Mesh:
         Raises PeerLost at the deadline, when a connection ends, or when `stop` was called.
         """
         wanted = tuple(self._links if ranks is None else ranks)
-        until = time.monotonic() + self.deadline
+        until = time.monotonic() + self.patience
         while waiting := [r for r in wanted if not self._links[r].came.get(channel)] or self._unsent():
             self._check()
             left = until - time.monotonic()
             if left <= 0:
-                raise self._lost(waiting, f"did not arrive within {self.deadline:g} s")
+                raise self.late(waiting)
             self._pump(left)
         return {r: self._links[r].came[channel].popleft() for r in wanted}
 
@@ -167,6 +174,35 @@ class Mesh:
         """From any thread: end the wait that is under way, and all later ones. `ranks` are the culprits."""
         self._culprits = tuple(ranks)
         os.eventfd_write(self._stop, 1)
+
+    def late(self, ranks: Iterable[int]) -> PeerLost:
+        """The error to raise when `patience` is over and `ranks` have not arrived: who of all is really lost.
+
+        A rank that did not arrive may itself wait for another. So each says for whom it waits; whoever says so is well,
+        and the lost are those that are waited for and say nothing until the deadline.
+        """
+        waited_for, spoke = set(ranks), {self.rank}
+        for link in self._links.values():
+            link.message(_LATE, struct.pack(f"!{len(waited_for)}H", *waited_for))
+        until = time.monotonic() + self.deadline - self.patience
+        suspects = waited_for
+        while (left := until - time.monotonic()) > 0 and suspects | spoke != set(range(self.size)):
+            try:
+                self._pump(left)
+                self._check()
+            except PeerLost as e:
+                return e
+            for rank, link in self._links.items():
+                if said := link.came.get(_LATE):
+                    waited_for |= set(struct.unpack(f"!{len(said[0]) // 2}H", said[0]))
+                    spoke.add(rank)
+            suspects = waited_for - spoke
+        return self.lost(suspects or ranks, f"did not arrive within {self.deadline:g} s")
+
+    def look(self) -> None:
+        """Raises PeerLost if anybody is known to be lost by now. Does not wait."""
+        self._pump(0)
+        self._check()
 
     def close(self) -> None:
         for link in self._links.values():
@@ -186,7 +222,7 @@ class Mesh:
                 poll.register(link.sock, select.POLLIN | (select.POLLOUT if link.out else 0))
         for file, events in poll.poll(1000 * seconds):
             if file == self._stop:
-                raise self._lost(self._culprits, "the group was stopped")
+                raise self.lost(self._culprits, "the group was stopped")
             link = self._of_file[file]
             if events & select.POLLOUT:
                 link.send()
@@ -198,16 +234,15 @@ class Mesh:
         for rank, link in self._links.items():
             if told := link.came.get(_LOST):
                 culprits = struct.unpack(f"!{len(told[0]) // 2}H", told[0])
-                raise self._lost(culprits, f"lost, as rank {rank} tells")
+                raise self.lost(culprits, f"lost, as rank {rank} tells")
         gone = {r: link.gone for r, link in self._links.items() if link.gone}
         if gone:
-            raise self._lost(gone, next(iter(gone.values())))
+            raise self.lost(gone, next(iter(gone.values())))
 
-    def _lost(self, ranks: Iterable[int], why: str) -> PeerLost:
+    def lost(self, ranks: Iterable[int], why: str) -> PeerLost:
+        """The error to raise; all others are told first, so that they raise it, too."""
         error = PeerLost(ranks, why)
         for link in self._links.values():
             if not link.gone:
-                data = struct.pack(f"!{len(error.ranks)}H", *error.ranks)
-                link.out.append(memoryview(_HEADER.pack(_LOST, len(data)) + data))
-                link.send()
+                link.message(_LOST, struct.pack(f"!{len(error.ranks)}H", *error.ranks))
         return error

@@ -58,6 +58,8 @@ class Flag(IntEnum):
 
 
 _N_FLAGS = 5
+MAX_PARTS = 512
+"""Into how many parts a rank's tokens may be cut: one for each rank of the unit when it receives for its host."""
 _N_CULPRITS = 64
 """Most ranks of one host: the supervisor's list of lost ranks is one word."""
 
@@ -87,7 +89,7 @@ class Shape:
         return self._shared_at + (2 * rank + parity) * _SHARE_BYTES
 
     def slots(self, rank: int, lane: int) -> int:
-        """Dispatch region: a line with the number of tokens, then slots [max_tokens, k] int32."""
+        """Dispatch region: where each part's tokens end, [MAX_PARTS] int64, then slots [max_tokens, k] int32."""
         return self._lanes_at + (2 * rank + lane) * self._lane_bytes
 
     def rows(self, rank: int, lane: int) -> int:
@@ -95,12 +97,12 @@ class Shape:
         return self.slots(rank, lane) + self._slots_bytes
 
     def starts(self, rank: int, lane: int) -> int:
-        """Combine region: where each source's results start, [n_ranks + 1] int64."""
+        """Combine region: where the results of each part and source start, [MAX_PARTS, n_ranks] int64."""
         return self.rows(rank, lane) + self._rows_bytes
 
     def results(self, rank: int, lane: int) -> int:
         """Combine region: results [n_ranks * max_tokens * k, width] float32."""
-        return self.starts(rank, lane) + _up(8 * (self.n_ranks + 1))
+        return self.starts(rank, lane) + _up(8 * MAX_PARTS * self.n_ranks)
 
     @property
     def size(self) -> int:
@@ -116,7 +118,7 @@ class Shape:
 
     @property
     def _slots_bytes(self) -> int:
-        return _up(_LINE + 4 * self.max_tokens * self.k)
+        return _up(8 * MAX_PARTS + 4 * self.max_tokens * self.k)
 
     @property
     def _rows_bytes(self) -> int:
@@ -125,7 +127,7 @@ class Shape:
     @property
     def _lane_bytes(self) -> int:
         results = _up(4 * self.n_ranks * self.max_tokens * self.k * self.width)
-        return self._slots_bytes + self._rows_bytes + _up(8 * (self.n_ranks + 1)) + results
+        return self._slots_bytes + self._rows_bytes + _up(8 * MAX_PARTS * self.n_ranks) + results
 
 
 _SHARE_BYTES = _LINE + 8 * MAX_SHARED

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from brigade.comm.exchange import LANES, Bounds, Turns, raw
 from brigade.comm.group import checked, checked_deadline
-from brigade.comm.segment import MAX_GENERATION, Flag, Segment
+from brigade.comm.segment import MAX_GENERATION, MAX_PARTS, Flag, Segment
 
 
 class SharedGroup:
@@ -71,6 +71,11 @@ class SharedGroup:
         """Until every rank has posted `sequence`. Raises PeerLost."""
         self.segment.wait(range(self.size), which, self.generation, sequence, deadline or self.deadline)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the supervisor has stopped this generation."""
+        return self.segment.stopped >= self.generation
+
     def close(self) -> None:
         self.segment.close()
 
@@ -81,7 +86,11 @@ class SharedExchange:
     Experts may move: make another one with other bounds, on every rank at the same call, with no lane under way.
     """
 
-    def __init__(self, group: SharedGroup, bounds: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, group: SharedGroup, bounds: Sequence[int], dtype: torch.dtype, n_parts: int = 1) -> None:
+        if not 1 <= n_parts <= MAX_PARTS:
+            raise ValueError(f"n_parts: must be 1 to {MAX_PARTS}, not {n_parts}")
+        self._n_parts = n_parts
+        self._ends: list[Sequence[int]] = [()] * LANES
         shape = group.segment.shape
         self._bounds = Bounds(bounds, group.size, shape.width, shape.k, dtype)
         self._group, self._segment, self._turns = group, group.segment, Turns()
@@ -90,21 +99,27 @@ class SharedExchange:
         # kept by the group: flags must go on counting when another exchange takes over
         self._sequence = group.exchanges
         self._flat: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * LANES
-        self._starts = [[0] * (group.size + 1)] * LANES
+        self._starts = [[0]] * LANES
         ranks = range(group.size)
         self._views = [[_Views(group.segment, r, lane, dtype) for r in ranks] for lane in range(LANES)]
 
-    def start_dispatch(self, lane: int, x_TD: Tensor, slots_TK: Tensor) -> None:
+    def start_dispatch(self, lane: int, x_TD: Tensor, slots_TK: Tensor, ends: Sequence[int] = ()) -> None:
+        """`ends` cuts the tokens into parts, the same number on every rank: where each part ends. Rows then come in the
+        order of part, source rank, token, k. One part if empty."""
         n_tokens = x_TD.shape[0]
         if n_tokens > self._max_tokens:
             raise ValueError(f"x: the segment has room for {self._max_tokens} tokens of a rank, not {n_tokens}")
         flat = self._bounds.check(x_TD, slots_TK)
         self._take(lane, "start_dispatch")
         mine = self._views[lane][self._group.rank]
-        mine.n_tokens[0] = n_tokens
+        ends = ends or (n_tokens,)
+        if len(ends) != self._n_parts or ends[-1] != n_tokens:
+            raise ValueError(f"ends: {self._n_parts} parts of {n_tokens} tokens cannot end at {list(ends)}")
+        mine.ends[: self._n_parts] = ends
         mine.slots[: flat.size] = flat
         mine.rows[:n_tokens] = raw(x_TD)
         self._flat[lane] = mine.slots[: flat.size]
+        self._ends[lane] = ends
         self._sequence[lane] += 1
         self._segment.post(self._group.rank, Flag.DISPATCH + lane, self._generation, self._sequence[lane])
 
@@ -113,19 +128,23 @@ class SharedExchange:
         self._group.wait(Flag.DISPATCH + lane, self._sequence[lane])
         bounds, rank, k = self._bounds, self._group.rank, self._bounds.k
         views = self._views[lane]
-        flats = [v.slots[: v.n_tokens[0] * k] for v in views]
+        ends = [v.ends[: self._n_parts].tolist() for v in views]
+        flats = [v.slots[: e[-1] * k] for v, e in zip(views, ends, strict=True)]
         pairs = [bounds.pairs(flat, rank) for flat in flats]
-        starts = [0, *accumulate(p.size for p in pairs)]
+        cuts = [_cut(p, e, k) for p, e in zip(pairs, ends, strict=True)]
+        blocks = [(source, *cuts[source][part]) for part in range(self._n_parts) for source in range(bounds.size)]
+        starts = [0, *accumulate(hi - lo for _, lo, hi in blocks)]
         self._starts[lane] = starts
         rows_ND = torch.empty(starts[-1], bounds.width, dtype=bounds.dtype)
         slot_N = torch.empty(starts[-1], dtype=torch.int32)
         rows, slot = raw(rows_ND), slot_N.numpy()
-        for source, (lo, hi) in enumerate(pairwise(starts)):
+        for (source, first, last), (lo, hi) in zip(blocks, pairwise(starts), strict=True):
             if lo == hi:
                 continue
+            block = pairs[source][first:last]
             # "clip" lets take write straight into rows; with "raise" it would fill a copy first
-            views[source].rows.take(pairs[source] // k, axis=0, out=rows[lo:hi], mode="clip")
-            np.subtract(flats[source][pairs[source]], bounds.of[rank], out=slot[lo:hi])
+            views[source].rows.take(block // k, axis=0, out=rows[lo:hi], mode="clip")
+            np.subtract(flats[source][block], bounds.of[rank], out=slot[lo:hi])
         self._segment.check(self._generation)
         return rows_ND, slot_N
 
@@ -134,7 +153,7 @@ class SharedExchange:
         self._bounds.check_results(y_ND, starts[-1])
         self._take(lane, "start_combine")
         mine = self._views[lane][self._group.rank]
-        mine.starts[:] = starts
+        mine.starts[: len(starts) - 1] = starts[:-1]
         mine.results[: starts[-1]] = y_ND.detach().numpy()
         self._segment.post(self._group.rank, Flag.COMBINE + lane, self._generation, self._sequence[lane])
 
@@ -146,10 +165,13 @@ class SharedExchange:
         out = y_PD.numpy()
         for rank in range(bounds.size):
             pairs = bounds.pairs(flat, rank)
-            if pairs.size:
-                views = self._views[lane][rank]
-                start = int(views.starts[self._group.rank])
-                out[pairs] = views.results[start : start + pairs.size]
+            if not pairs.size:
+                continue
+            views = self._views[lane][rank]
+            for part, (lo, hi) in enumerate(_cut(pairs, self._ends[lane], bounds.k)):
+                if hi > lo:
+                    start = int(views.starts[part * bounds.size + self._group.rank])
+                    out[pairs[lo:hi]] = views.results[start : start + hi - lo]
         self._segment.check(self._generation)
         return y_PD.view(-1, bounds.k, bounds.width)
 
@@ -157,6 +179,13 @@ class SharedExchange:
         if self._generation != self._group.generation:
             raise RuntimeError(f"{call}: this exchange belongs to generation {self._generation}, its group moved on")
         self._turns.take(lane, call)
+
+
+def _cut(pairs: NDArray[np.int64], ends: Sequence[int], k: int) -> list[tuple[int, int]]:
+    """First and last of the pairs of each part."""
+    if len(ends) == 1:
+        return [(0, pairs.size)]
+    return list(pairwise([0, *np.searchsorted(pairs, np.asarray(ends) * k).tolist()]))
 
 
 class _Views:
@@ -171,8 +200,8 @@ class _Views:
             return np.frombuffer(segment.memory, kind, n, at).reshape(shape)
 
         n_results = s.n_ranks * s.max_tokens * s.k
-        self.n_tokens = view(np.int64, s.slots(rank, lane), 1)
-        self.slots = view(np.int32, s.slots(rank, lane) + 64, s.max_tokens * s.k)
+        self.ends = view(np.int64, s.slots(rank, lane), MAX_PARTS)
+        self.slots = view(np.int32, s.slots(rank, lane) + 8 * MAX_PARTS, s.max_tokens * s.k)
         self.rows = view(element, s.rows(rank, lane), s.max_tokens, s.width)
-        self.starts = view(np.int64, s.starts(rank, lane), s.n_ranks + 1)
+        self.starts = view(np.int64, s.starts(rank, lane), MAX_PARTS * s.n_ranks)
         self.results = view(np.float32, s.results(rank, lane), n_results, s.width)

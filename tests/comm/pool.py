@@ -15,6 +15,8 @@ from brigade.comm.segment import Segment
 ROOT = Path(__file__).parents[2]
 N = 4
 WIDTH, K, MAX_TOKENS = 24, 3, 64
+HOSTS = {1: [1], 2: [1, 1], 3: [2, 1], 4: [2, 2]}
+"""How many of a unit's ranks are on each host, for the hierarchical exchange."""
 
 
 def free_ports(n: int) -> list[int]:
@@ -29,6 +31,9 @@ class Pool:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.segments = {size: Segment.create(size, MAX_TOKENS, WIDTH, K) for size in range(1, N + 1)}
+        self.hosts = {
+            size: [Segment.create(n, MAX_TOKENS * size, WIDTH, K) for n in hosts] for size, hosts in HOSTS.items()
+        }
         self._opened = 0
         self.ranks = [self._start() for _ in range(N)]
         for rank in range(N):
@@ -36,7 +41,7 @@ class Pool:
         assert self.hear_all(range(N), 120) == [{"ok": "ready"}] * N
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        fds = tuple(s.fd for s in self.segments.values())
+        fds = tuple(s.fd for s in self._all_segments())
         command = [sys.executable, "-m", "tests.comm.rank"]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
@@ -87,11 +92,25 @@ class Pool:
             if rank == 0:
                 segment.stop(segment.stopped + 1)
             return {"fd": segment.fd, "generation": segment.stopped + 1}
+        if backend == "hosts":
+            return self._on_hosts(size, rank)
         if backend == "mesh":
             if rank == 0:
                 self._addresses = [("127.0.0.1", port) for port in free_ports(size)]
             return {"addresses": self._addresses}
         return {"path": str(self.directory / "store"), "prefix": f"group-{self._opened}"}
+
+    def _on_hosts(self, size: int, rank: int) -> dict[str, Any]:
+        """The ranks of a unit as if they were on two hosts, each with a segment of its own."""
+        hosts = HOSTS[size]
+        host, local = next((h, rank - sum(hosts[:h])) for h in range(len(hosts)) if rank < sum(hosts[: h + 1]))
+        segment = self.hosts[size][host]
+        if local == 0:
+            segment.stop(segment.stopped + 1)
+        return {
+            **self._at("mesh", size, rank),
+            **{"hosts": hosts, "local": local, "fd": segment.fd, "generation": segment.stopped + 1},
+        }
 
     def kill(self, rank: int, how: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.ranks[rank].pid, how)
@@ -115,5 +134,8 @@ class Pool:
         for rank, process in enumerate(self.ranks):
             process.kill()
             self._reap(rank)
-        for segment in self.segments.values():
+        for segment in self._all_segments():
             segment.close()
+
+    def _all_segments(self) -> list[Segment]:
+        return [*self.segments.values(), *(s for hosts in self.hosts.values() for s in hosts)]

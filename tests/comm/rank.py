@@ -12,6 +12,7 @@ from torch.distributed import FileStore
 from brigade.comm.distributed import DistributedExchange, DistributedGroup
 from brigade.comm.exchange import ExpertExchange
 from brigade.comm.group import Alone, Group, PeerLost
+from brigade.comm.hierarchical import HierarchicalExchange
 from brigade.comm.meeting import listen
 from brigade.comm.mesh import Mesh
 from brigade.comm.remote import MeshExchange
@@ -26,6 +27,8 @@ class Rank:
     def __init__(self) -> None:
         self.segments: dict[int, Segment] = {}
         self.group: Group = Alone()
+        self.local: SharedGroup | None = None
+        self.hosts: list[int] = []
 
     def answer(self, command: dict[str, Any]) -> Any:
         kind = command.pop("do")
@@ -42,10 +45,17 @@ class Rank:
             group = SharedGroup(segment, rank, deadline=deadline)
             group.form(at["generation"])
             self.group = group
+            self.hosts = []
         elif backend == "distributed":
+            self.hosts = []
             store = FileStore(at["path"], -1)
             self.group = DistributedGroup(store, at["prefix"], rank, size, deadline=deadline)
         else:
+            self.hosts = at.get("hosts", [])
+            if self.hosts:
+                segment = self.segments.get(at["fd"]) or self.segments.setdefault(at["fd"], Segment.attach(at["fd"]))
+                self.local = SharedGroup(segment, at["local"], deadline=0.75 * deadline)
+                self.local.form(at["generation"])
             address = at["addresses"][rank]
             addresses = [tuple(a) for a in at["addresses"]]
             secret, layout = at.get("secret", "s" * 16).encode(), at.get("layout", "l" * 32).encode()
@@ -55,7 +65,7 @@ class Rank:
                 listen(*address),
                 secret=secret,
                 layout=layout,
-                generation=at.get("generation", 1),
+                generation=1,
                 deadline=deadline,
             )
         return "open"
@@ -69,6 +79,10 @@ class Rank:
         dtype = getattr(torch, case.dtype)
         if isinstance(self.group, SharedGroup):
             return SharedExchange(self.group, case.bounds, dtype)
+        if self.hosts:
+            assert isinstance(self.group, Mesh)
+            assert self.local
+            return HierarchicalExchange(self.group, self.local, self.hosts, case.bounds, dtype)
         if isinstance(self.group, Mesh):
             return MeshExchange(self.group, case.bounds, case.width, case.k, dtype)
         assert isinstance(self.group, DistributedGroup)

@@ -8,7 +8,7 @@ import pytest
 from tests.comm.oracle import Case
 from tests.comm.pool import MAX_TOKENS, WIDTH, K, Pool
 
-BACKENDS = ["shared", "distributed", "mesh"]
+BACKENDS = ["shared", "distributed", "mesh", "hosts"]
 SIZES = [1, 2, 3, 4]
 
 pytestmark = [pytest.mark.parametrize("size", SIZES), pytest.mark.parametrize("backend", BACKENDS)]

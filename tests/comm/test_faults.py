@@ -13,7 +13,7 @@ from tests.comm.pool import WIDTH, K, Pool
 SIZE = 3
 DEADLINE = 1.0
 CASE = asdict(Case(5, (4, 5, 6), (0, 2, 4, 6), WIDTH, K))
-BACKENDS = ["shared", "distributed", "mesh"]
+BACKENDS = ["shared", "distributed", "mesh", "hosts"]
 
 
 def exchange_until_lost(pool: Pool, tmp_path: Path) -> None:
