@@ -16,6 +16,8 @@ QUANTISED = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_K_M"}
 """Precision to llama.cpp's name of its nearest file type."""
 PRECISIONS = tuple(QUANTISED)
 BATCH, PHYSICAL_BATCH = 2048, 512
+WARM_BELOW = 8192
+"""Prompt tokens of a job above which it is not done twice: it is long enough to lose nothing by a cold start."""
 
 
 class LlamaCpp:
@@ -32,10 +34,11 @@ class LlamaCpp:
         return {"version": version.read_text().strip() if version.exists() else "", "notes": [self._model.name]}
 
     def warm(self, prompts: Prompts) -> None:
-        """Nothing to do: every run repeats its work and gives the last figures."""
+        """Nothing to do: the program warms up by itself, and short work is repeated for its last figures."""
 
     def decode(self, prompts: Prompts, n_out: int) -> Decoded:
-        row = self._run(len(prompts), len(prompts[0]), n_out)[-1]
+        n, length = len(prompts), len(prompts[0])
+        row = self._run(n, length, n_out, repeat=2 if n * length < WARM_BELOW else 1)[-1]
         return Decoded(row["speed_tg"], row["t_pp"])
 
     def prefill(self, prompts: Prompts) -> list[float]:
