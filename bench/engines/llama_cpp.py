@@ -16,7 +16,7 @@ QUANTISED = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_K_M"}
 """Precision to llama.cpp's name of its nearest file type."""
 PRECISIONS = tuple(QUANTISED)
 BATCH, PHYSICAL_BATCH = 2048, 512
-WARM_BELOW = 8192
+WARM_BELOW = 1024
 """Prompt tokens of a job above which it is not done twice: it is long enough to lose nothing by a cold start."""
 
 
