@@ -310,7 +310,7 @@ class Engine:
             log.error("the worker process was lost: %s", e)
             if isinstance(e, ChannelBroken) or self.config.ranks > 1:
                 unit.kill()  # what is left of it cannot go on
-        log.error("the worker process was lost: %s", await self._bury())
+        log.error("what is left of it was ended: %s", await self._bury())
         return served
 
     def _take(self, rank: int, message: FromWorker) -> None:
