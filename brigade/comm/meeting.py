@@ -67,6 +67,10 @@ class _Meeting:
                 self.why[rank] = f"{address[0]}:{address[1]}: {e}"
                 time.sleep(_RETRY_S)
                 continue
+            if sock.getsockname() == sock.getpeername():
+                # TCP connects a socket to itself if nobody listens and its own port is, by chance, the one it calls
+                sock.close()
+                continue
             try:
                 theirs = call(sock, self.hello(), self.secret, until)
                 if theirs.rank != rank:

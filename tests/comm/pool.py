@@ -4,7 +4,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +16,6 @@ N = 4
 WIDTH, K, MAX_TOKENS = 24, 3, 64
 HOSTS = {1: [1], 2: [1, 1], 3: [2, 1], 4: [2, 2]}
 """How many of a unit's ranks are on each host, for the hierarchical exchange."""
-
-
-def free_ports(n: int) -> list[int]:
-    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [s.getsockname()[1] for s in socks]
-    for s in socks:
-        s.close()
-    return ports
 
 
 class Pool:
@@ -75,6 +66,10 @@ class Pool:
         """Form a new group of that backend. A segment's earlier generation is stopped first."""
         self._opened += 1
         for rank in range(size):
+            if self.ranks[rank].poll() is not None:  # another test ended it and then failed
+                self.replace(rank)
+        commands = [self._at(backend, size, rank) for rank in range(size)]
+        for rank in range(size):
             self.tell(
                 rank,
                 do="open",
@@ -82,9 +77,10 @@ class Pool:
                 rank=rank,
                 size=size,
                 deadline=deadline,
-                **self._at(backend, size, rank),
+                **commands[rank],
             )
-        assert self.hear_all(range(size)) == [{"ok": "open"}] * size
+        answers = self.hear_all(range(size))
+        assert answers == [{"ok": "open"}] * size, answers
 
     def _at(self, backend: str, size: int, rank: int) -> dict[str, Any]:
         if backend == "shared":
@@ -96,7 +92,7 @@ class Pool:
             return self._on_hosts(size, rank)
         if backend == "mesh":
             if rank == 0:
-                self._addresses = [("127.0.0.1", port) for port in free_ports(size)]
+                self._addresses = [answer["ok"] for answer in self.all(size, do="listen")]
             return {"addresses": self._addresses}
         return {"path": str(self.directory / "store"), "prefix": f"group-{self._opened}"}
 

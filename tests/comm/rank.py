@@ -56,19 +56,22 @@ class Rank:
                 segment = self.segments.get(at["fd"]) or self.segments.setdefault(at["fd"], Segment.attach(at["fd"]))
                 self.local = SharedGroup(segment, at["local"], deadline=0.75 * deadline)
                 self.local.form(at["generation"])
-            address = at["addresses"][rank]
             addresses = [tuple(a) for a in at["addresses"]]
             secret, layout = at.get("secret", "s" * 16).encode(), at.get("layout", "l" * 32).encode()
             self.group = Mesh(
                 rank,
                 addresses,
-                listen(*address),
+                self.listener,
                 secret=secret,
                 layout=layout,
                 generation=1,
                 deadline=deadline,
             )
         return "open"
+
+    def listen(self) -> list[Any]:
+        self.listener = listen("127.0.0.1")
+        return list(self.listener.getsockname())
 
     def form(self, generation: int) -> str:
         assert isinstance(self.group, SharedGroup)
