@@ -200,6 +200,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_program() -> 
             terminal.type("/help\n")
             terminal.expect("forget the conversation")
             terminal.expect("> ")
+            time.sleep(0.5)  # CPython's input() does not see a signal that comes between its prompt and its first wait
             terminal.process.send_signal(signal.SIGINT)
             terminal.expect("Ctrl-D or /exit ends")
             terminal.expect("> ")
