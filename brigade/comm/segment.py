@@ -21,6 +21,7 @@ from enum import IntEnum
 from brigade.comm.group import MAX_SHARED, PeerLost
 
 MAGIC = int.from_bytes(b"brigade1", "little")
+FIRST_GENERATION = 1
 MAX_GENERATION = (1 << 16) - 1
 _SEQUENCE_BITS = 48
 _LINE = 64

@@ -176,11 +176,10 @@ class Engine:
         now = time.monotonic()
         if self._generations and now - self._stepped > min(READY_STEP_DEADLINE, self.config.step_deadline):
             return Health(False, f"no step was finished for {now - self._stepped:.0f} s")
-        silent = now - min(self._heard)
+        quietest = min(range(self.config.ranks), key=self._heard.__getitem__)
+        silent = now - self._heard[quietest]
         if not self._generations and silent > PING_DEADLINE:
-            return Health(
-                False, f"{self._who(self._heard.index(min(self._heard)))} has not answered for {silent:.0f} s"
-            )
+            return Health(False, f"{self._who(quietest)} has not answered for {silent:.0f} s")
         return Health(True, "ok")
 
     def stats(self) -> Stats:

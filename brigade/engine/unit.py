@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from brigade.comm.channel import ChannelBroken, ChannelClosed
-from brigade.comm.segment import Segment
+from brigade.comm.segment import FIRST_GENERATION, Segment
 from brigade.engine.config import EngineConfig
 from brigade.engine.messages import FromWorker, Loading, Lost, Ready
 from brigade.engine.output import LoadError
@@ -17,7 +17,6 @@ from brigade.engine.process import WorkerProcess
 from brigade.spec.model import ModelSpec
 
 T = TypeVar("T")
-FIRST_GENERATION = 1
 
 
 class RankLost(ConnectionError):
@@ -58,11 +57,6 @@ class Unit:
     def send(self, rank: int, *messages: Any) -> None:
         """Queue messages for one rank."""
         self.workers[rank].channel.send(*messages)
-
-    def tell_all(self, *messages: Any) -> None:
-        """Queue the same messages for every rank."""
-        for worker in self.workers:
-            worker.channel.send(*messages)
 
     async def receive(self) -> tuple[int, FromWorker]:
         """The next message and its rank. Raises RankLost, which says who is to blame."""

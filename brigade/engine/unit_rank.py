@@ -4,12 +4,11 @@ import torch
 
 from brigade.comm.exchange import ExpertExchange
 from brigade.comm.group import Alone, Group
-from brigade.comm.segment import Segment
+from brigade.comm.segment import FIRST_GENERATION, Segment
 from brigade.comm.shared import SharedExchange, SharedGroup
 from brigade.core.placement import cut
 from brigade.spec.model import ModelSpec
 
-FIRST_GENERATION = 1
 LOAD_DEADLINE = 600.0
 """Seconds that a rank which has loaded its weights waits for the others; who watches the processes gives up sooner."""
 

@@ -64,9 +64,10 @@ class Checkpoint:
             p = by_name[name]
             mine = self._mine(p)
             out = _room(p, dtype, len(mine))
+            each = self._bytes_of(p) // len(mine)
             for tensor, part in zip(mine, out if p.per_expert else [out], strict=True):
                 self._copy(tensor, part)
-                done += self._bytes_of(p) // len(mine)
+                done += each
                 progress(done)
             return out
 
