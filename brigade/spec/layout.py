@@ -1,0 +1,55 @@
+"""Where the ranks of a unit run. Rank numbers go through the hosts in order."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine of a unit."""
+
+    address: str
+    """That its ranks listen on and the other hosts reach: a name or an IP address."""
+    n_ranks: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks by host: host h has ranks `first(h)` up to `first(h + 1)`. Raises ValueError for a host without ranks or
+    named twice."""
+
+    hosts: tuple[Host, ...]
+
+    def __post_init__(self) -> None:
+        if not self.hosts:
+            raise ValueError("a unit needs at least one host")
+        for i, host in enumerate(self.hosts):
+            if host.n_ranks < 1:
+                raise ValueError(f"host {host.address} needs at least one rank, not {host.n_ranks}")
+            if host.address in [h.address for h in self.hosts[:i]]:
+                raise ValueError(f"host {host.address} is there twice; give it more ranks")
+
+    @property
+    def n_ranks(self) -> int:
+        return self.first(len(self.hosts))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Ranks of each host."""
+        return tuple(h.n_ranks for h in self.hosts)
+
+    def first(self, host: int) -> int:
+        """The host's first rank."""
+        return (0, *accumulate(self.sizes))[host]
+
+    def ranks(self, host: int) -> range:
+        return range(self.first(host), self.first(host + 1))
+
+    def host_of(self, rank: int) -> int:
+        if not 0 <= rank < self.n_ranks:
+            raise ValueError(f"rank must be 0 to {self.n_ranks - 1}, not {rank}")
+        return next(h for h in range(len(self.hosts)) if rank in self.ranks(h))
+
+
+def on_one_host(n_ranks: int) -> Layout:
+    return Layout((Host("127.0.0.1", n_ranks),))

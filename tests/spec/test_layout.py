@@ -1,0 +1,27 @@
+"""Ranks go through the hosts in order."""
+
+import pytest
+
+from brigade.spec.layout import Host, Layout, on_one_host
+
+
+def test_ranks_are_numbered_through_the_hosts() -> None:
+    layout = Layout((Host("a", 2), Host("b", 1), Host("c", 3)))
+    assert layout.n_ranks == 6
+    assert [list(layout.ranks(h)) for h in range(3)] == [[0, 1], [2], [3, 4, 5]]
+    assert [layout.host_of(r) for r in range(6)] == [0, 0, 1, 2, 2, 2]
+
+
+def test_one_host_has_all() -> None:
+    assert on_one_host(4).sizes == (4,)
+
+
+def test_layouts_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="host b needs at least one rank, not 0"):
+        Layout((Host("a", 1), Host("b", 0)))
+    with pytest.raises(ValueError, match="host a is there twice"):
+        Layout((Host("a", 1), Host("a", 1)))
+    with pytest.raises(ValueError, match="at least one host"):
+        Layout(())
+    with pytest.raises(ValueError, match="rank must be 0 to 1, not 2"):
+        on_one_host(2).host_of(2)
