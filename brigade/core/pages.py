@@ -91,6 +91,16 @@ class PagePool:
             node = hit[1]
         return Known(max(n_full, known.n_pages), node)
 
+    def unpublish(self, pages: Sequence[int]) -> None:
+        """Make pages unfindable: what was to be written into them never came. Who holds them goes on holding them."""
+        for p in pages:
+            prefix = self._prefix_of.pop(p, None)
+            if prefix is None:
+                continue
+            del self._found[prefix]
+            if self.refs[p] == 0:
+                self._free.move_to_end(p, last=False)
+
     def release(self, pages: Sequence[int]) -> None:
         """Let go of pages. Their content stays findable until they are needed for something else."""
         for p in reversed(pages):

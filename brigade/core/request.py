@@ -25,6 +25,8 @@ class Request:
     """Tenants with different salts never share cached pages."""
     n_prompt: int = field(init=False)
     done: int = 0
+    begun: int = 0
+    """Where it went on when it was last admitted: what the cache had of it."""
     inflight: int = 0
     """Samples planned but not committed."""
     pages: list[int] = field(default_factory=list)

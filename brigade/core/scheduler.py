@@ -8,6 +8,8 @@ Life of a request:
 5. commit tells its new tokens; the last one finishes it. Its pages stay held.
 6. release gives the pages back. (abort is release at any moment.)
 
+undo takes back plans that will never be run, newest first, as if they had not been made.
+
 plan() may be called again before commit(): steps run in plan order, so a plan relies on earlier plans, not on results.
 """
 
@@ -15,7 +17,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from brigade.core.pages import NOTHING_KNOWN, PagePool
+from brigade.core.pages import NOTHING_KNOWN, Known, PagePool
 from brigade.core.request import Request
 
 LAST = -1
@@ -117,6 +119,30 @@ class Scheduler:
                 finished.append(req)
         return finished
 
+    def undo(self, plan: StepPlan) -> None:
+        """Take back a plan that was not run and will not be. Of several, the newest first; commit what was run before.
+
+        Each request stands again where the plan found it, except that one which was preempted goes on waiting. No page
+        stays findable for what was not computed, also where its request has ended meanwhile.
+        """
+        for s in reversed(plan.slices):
+            page = self.pool.page
+            # Who got a page of an ended request has it from a later plan, which is undone by now.
+            self.pool.unpublish(s.pages[s.start // page : self._n_pages(s.end)])
+            req = self.live.get(s.rid)
+            if req is None:
+                continue
+            req.inflight -= s.sample
+            if not req.pages:  # preempted by a later plan, or by one of which this is the first that ran it
+                continue
+            if s.start == req.begun:
+                self._unadmit(req)
+                continue
+            keep = self._n_pages(s.start)
+            self.pool.release(req.pages[keep:])
+            req.pages, req.done = req.pages[:keep], s.start
+            req.known = self.pool.publish(req.tokens[: req.done], req.pages, Known(0, req.salt))
+
     def release(self, req: Request) -> None:
         """Give back the pages of a finished request, leaving what it computed findable for the next turn of a chat."""
         self._publish(req)
@@ -153,11 +179,19 @@ class Scheduler:
         pages = self.pool.take(self._n_pages(n_cached + n) - len(found), found, spare=len(self.running))
         if pages is None:
             return None
-        req.pages, req.known, req.done = pages, known, n_cached
+        req.pages, req.known, req.done, req.begun = pages, known, n_cached, n_cached
         if req.n_cached is None:
             req.n_cached = n_cached
         self.running.append(self.waiting.popleft())
         return self._slice(req, n)
+
+    def _unadmit(self, req: Request) -> None:
+        """The opposite of `_admit`."""
+        self.running.remove(req)
+        self._give_back(req)
+        self.waiting.appendleft(req)
+        if len(req.tokens) == req.n_prompt:
+            req.n_cached = None  # pages that it found may have been taken back as well
 
     def _grow(self, req: Request, n: int) -> bool:
         """Get the pages for n more positions, preempting from the youngest on; False if req itself had to go."""

@@ -3,10 +3,12 @@
 Life of a unit:
 1. started and told what to load; Loading... then Ready, or Failed.
 2. up: requests go out, each to one rank; steps come back, and every rank answers pings between steps.
-3. lost: the channel of a rank closed (it died), a rank waited for another one in vain, or nothing came from a rank for
-   too long (it is stuck and gets killed). Every generation in flight ends with Unavailable, and a new unit is started:
+3. broken: a rank died, others waited for it in vain, or nothing came from it for too long (it is stuck and gets
+   killed). Generations on it end with Unavailable at once. The others go on when the unit is whole again, or end with
+   Unavailable if that takes longer than rank_deadline; new ones wait.
+4. lost: no rank is left that could go on. Every generation in flight ends with Unavailable, and a new unit is started:
    at once, then after ever longer pauses.
-4. closed: the channels are closed; the processes end by themselves or are killed.
+5. closed: the channels are closed; the processes end by themselves or are killed.
 """
 
 import asyncio
@@ -19,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from brigade.comm.channel import ChannelBroken
 from brigade.engine.config import EngineConfig
 from brigade.engine.generation import Generation
 from brigade.engine.messages import (
@@ -39,7 +40,7 @@ from brigade.engine.messages import (
 from brigade.engine.output import BadRequest, EngineError, Health, LoadError, Observer, QueueFull, Timings, Unavailable
 from brigade.engine.router import Router
 from brigade.engine.tokenizer import Tokenizer
-from brigade.engine.unit import RankLost, Unit
+from brigade.engine.unit import Broken, Unit, UnitLost, Whole, pause
 from brigade.spec.config import BadConfig, read_json, read_spec
 from brigade.spec.sampling import SamplingParams
 
@@ -52,8 +53,6 @@ READY_STEP_DEADLINE = 10.0
 """A busy worker that has not finished a step for this many seconds is not ready."""
 RESTART_WAIT = 30.0
 """How long a new request waits for a worker that is being restarted."""
-LONGEST_PAUSE = 30.0
-"""Restarts of a worker that dies without having served are this many seconds apart at most."""
 
 _IDLE = Stats(0, 0, 0, 0, 0)
 
@@ -104,6 +103,9 @@ class Engine:
         self._empty = asyncio.Event()
         self._empty.set()
         self._tasks: list[asyncio.Task[None]] = []
+        self._broken_at: dict[int, float] = {}
+        """Ranks that were lost since the unit was whole -> when."""
+        self._patience: asyncio.TimerHandle | None = None
         self._failure = "the model is being loaded"
 
     @classmethod
@@ -206,6 +208,7 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._wait_no_longer()
         self._drop_all("the engine was closed")
         self._up.set()  # wakes those who wait for a restart; they are told that the engine was closed
         unit, self._unit = self._unit, None
@@ -247,7 +250,9 @@ class Engine:
 
     async def _reach_unit(self) -> Unit:
         try:
-            await asyncio.wait_for(self._up.wait(), RESTART_WAIT)
+            async with asyncio.timeout(RESTART_WAIT):
+                while not self._up.is_set():  # it may be broken again before we run
+                    await self._up.wait()
         except TimeoutError:
             raise Unavailable(f"no worker: {self._failure}") from None
         self._refuse_if_ending()
@@ -280,7 +285,7 @@ class Engine:
             if self._up.is_set():
                 served = await self._serve_unit()
                 n_failed = 0 if served else n_failed + 1
-            await asyncio.sleep(min(0.5 * (2 ** min(n_failed, 10) - 1), LONGEST_PAUSE))
+            await asyncio.sleep(pause(n_failed))
             self._observer.restarted()
             try:
                 await self._spawn(lambda _: None)
@@ -297,20 +302,63 @@ class Engine:
         assert unit is not None
         try:
             while True:
-                rank, message = await unit.receive()
-                served |= isinstance(message, Step)
-                self._take(rank, message)
-        except (RankLost, ChannelBroken) as e:
+                match await unit.receive():
+                    case Broken(rank, why):
+                        self._on_broken(rank, why)
+                    case Whole(ready):
+                        self._on_whole(ready)
+                    case (rank, message):
+                        served |= isinstance(message, Step)
+                        self._take(rank, message)
+        except UnitLost as e:
             self._up.clear()
+            self._wait_no_longer()
             self._stats = [_IDLE] * self.config.ranks
             self._failure = f"the worker process was lost ({e}); it is being restarted"
             # Clients first: finding out why can take a moment.
             self._drop_all("the worker process was lost while it ran this request; it is being restarted, try again")
             log.error("the worker process was lost: %s", e)
-            if isinstance(e, ChannelBroken) or self.config.ranks > 1:
-                unit.kill()  # what is left of it cannot go on
-        log.error("what is left of it was ended: %s", await self._bury())
+        if ends := await self._bury():
+            log.error("what was left of it was ended: %s", ends)
         return served
+
+    def _on_broken(self, rank: int, why: str) -> None:
+        """A rank is lost: its requests end now, those of the others if the unit is not whole again in time."""
+        self._up.clear()
+        self._failure = f"{self._who(rank)} was lost ({why}); it is being replaced"
+        lost = "the rank that ran this request was lost; it is being replaced, try again"
+        for rid in self._router.lost(rank):
+            if generation := self._generations.get(rid):
+                generation.fail(Unavailable(lost))
+        log.error("a rank was lost and is being replaced: %s", why)
+        self._stats[rank] = _IDLE
+        self._observer.restarted()
+        self._broken_at.setdefault(rank, time.monotonic())
+        if self._patience is None:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(self.config.rank_deadline, self._give_up_survivors)
+
+    def _give_up_survivors(self) -> None:
+        """The other ranks have waited for long enough: their requests end, too. The replacement goes on."""
+        why = f"the unit is not whole again within {self.config.rank_deadline:g} s: {self._failure}"
+        for generation in list(self._generations.values()):
+            if self._router.rank_of(generation.rid) is not None:
+                self._abort(generation.rid)
+                generation.fail(Unavailable(why))
+
+    def _on_whole(self, ready: Ready) -> None:
+        now = time.monotonic()
+        took = now - min(self._broken_at.values())
+        log.warning("all ranks are there again after %.1f s: replaced %s", took, sorted(self._broken_at))
+        self._wait_no_longer()
+        self.ready = ready
+        self._stepped, self._heard = now, [now] * self.config.ranks
+        self._up.set()
+
+    def _wait_no_longer(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        self._patience, self._broken_at = None, {}
 
     def _take(self, rank: int, message: FromWorker) -> None:
         self._heard[rank] = time.monotonic()
@@ -329,7 +377,7 @@ class Engine:
                 if generation := self._generations.get(rid):
                     generation.fail(BadRequest(text))
             case _:
-                raise ChannelBroken(f"unexpected {type(message).__name__}")
+                pass  # a replacement tells how far it has loaded
 
     def _push(self, generation: Generation, token: Token) -> None:
         """Give a token to its generation; what goes wrong there ends that one alone.
@@ -351,21 +399,31 @@ class Engine:
         What counts are our own rounds in which nothing came, not the clock: after this process itself was paused, the
         worker's answers lie unread and nobody is to blame.
         """
-        pause = min(PING_EVERY, self.config.step_deadline / 4)
+        every = min(PING_EVERY, self.config.step_deadline / 4)
         n_heard, n_silent = [-1] * self.config.ranks, [0] * self.config.ranks
         for seq in itertools.count():
-            await asyncio.sleep(pause)
+            await asyncio.sleep(every)
             if not self._up.is_set() or self._unit is None:
+                n_silent = [0] * self.config.ranks
                 continue
+            limit = self._silence_limit()
             for rank in range(self.config.ranks):
                 n_silent[rank] = n_silent[rank] + 1 if self._n_heard[rank] == n_heard[rank] else 0
                 n_heard[rank] = self._n_heard[rank]
-                if n_silent[rank] * pause > self.config.step_deadline:
-                    log.error("nothing came from %s for %.1f s; killing it", self._who(rank), n_silent[rank] * pause)
-                    self._unit.workers[rank].kill()
+                if n_silent[rank] * every > limit:
+                    why = f"nothing came from it for {n_silent[rank] * every:.1f} s"
+                    log.error("%s: %s; killing it", self._who(rank), why)
+                    self._unit.kill(rank, why)
                     n_silent[rank] = 0
                 else:
                     self._unit.send(rank, Ping(seq))
+
+    def _silence_limit(self) -> float:
+        """Seconds that a rank may say nothing. An idle rank has nothing that would keep it from answering, and the
+        others will want it in the next step; a busy one is watched by the others."""
+        if self.config.ranks == 1 or self._generations:
+            return self.config.step_deadline
+        return min(self.config.step_deadline, max(self.config.rank_deadline, 2 * PING_EVERY))
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
         """A task that ends by itself is a bug: say so and let nobody wait."""
@@ -385,4 +443,4 @@ class Engine:
         """Part with the current unit; says how it ended."""
         self._up.clear()
         unit, self._unit = self._unit, None
-        return await unit.end() if unit is not None else "it was not started"
+        return await unit.end() if unit is not None else ""

@@ -11,8 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from brigade.comm.channel import Channel, ChannelClosed
 from brigade.comm.group import Alone, Group, PeerLost
@@ -21,10 +20,13 @@ from brigade.core.pages import PagePool
 from brigade.core.request import Request
 from brigade.core.scheduler import Scheduler, StepPlan
 from brigade.engine import auto
+from brigade.engine.membership import Membership
 from brigade.engine.messages import (
     Abort,
     Add,
     Failed,
+    Form,
+    Loaded,
     Loading,
     Logprob,
     Lost,
@@ -46,15 +48,19 @@ from brigade.model.sampling import BROKEN, Choice
 log = logging.getLogger("brigade.worker")
 
 Run = Callable[..., Any]
+Told = TypeVar("Told", Start, Form)
 
 
 class Loop:
-    """Drives one scheduler and one worker, in step with the other ranks of `group`.
+    """Drives one scheduler and one worker, in step with the other ranks of its unit.
 
     `depth` 1 runs a step where it stands; more plans ahead of a running step.
 
     Everything the worker is told passes through `_do`, in order, so that with a step running behind, a request is
     forgotten only after the steps that still have it.
+
+    When another rank is lost, the steps that were not finished are taken back, newest first, and the loop does nothing
+    but take messages until Form calls the unit together again.
     """
 
     def __init__(
@@ -63,16 +69,21 @@ class Loop:
         scheduler: Scheduler,
         channel: "Channel[ToWorker]",
         depth: int,
-        group: Group | None = None,
+        membership: Membership | None = None,
     ) -> None:
+        """`membership`: of a unit that has been formed; None for a worker that runs alone."""
         self.worker, self.scheduler, self.channel, self.depth = worker, scheduler, channel, depth
-        self.group = group or Alone()
+        self.membership = membership
+        self.group: Group = membership.group if membership else Alone()
+        self.whole = True
+        """False from the loss of another rank until the next Form."""
         self.wake = 0
-        """Number of the last wake call heard."""
+        """Number of the last wake call heard since the unit was formed."""
         self.asleep = True
         self.pending: deque[tuple[StepPlan, Future[dict[int, Choice]]]] = deque()
         self.n_steps = 0
         self._behind = ThreadPoolExecutor(1) if depth > 1 else None
+        self._lost: PeerLost | None = None
 
     def run(self) -> None:
         """Until the other side closes the channel."""
@@ -86,18 +97,30 @@ class Loop:
                 self._behind.shutdown()
 
     def turn(self) -> None:
-        """Once round: sleeps only when no rank has anything to run or to wait for."""
-        for message in self.channel.poll(None if self.asleep else 0):
+        """Once round: waits for messages only when no rank has anything to run or to wait for, or one is lost."""
+        for message in self.channel.poll(0 if self.whole and not self.asleep else None):
             self.take(message)
-        if self.asleep:
-            return  # whatever came, the other ranks are asleep too
+        if self.asleep or not self.whole:
+            return  # whatever came, the other ranks do not run either
+        try:
+            self.step()
+        except PeerLost as e:
+            self._tell(e)
+            self.roll_back()
+
+    def step(self) -> None:
+        """Plan, agree with the other ranks, run, and commit what is due. Raises PeerLost."""
         plan = self.scheduler.plan()
         mine = Shape(plan.n_tokens, self.scheduler.busy or bool(self.pending), self.wake)
-        agreed = agree([Shape(n, bool(busy), wake) for n, busy, wake in self.group.share(mine)])
+        try:
+            agreed = agree([Shape(n, bool(busy), wake) for n, busy, wake in self.group.share(mine)])
+        except PeerLost:
+            self.scheduler.undo(plan)
+            raise
         if agreed.run:
-            self.pending.append((plan, self._do(self.worker.run, plan)))
+            self.pending.append((plan, self._do(self._run, plan)))
         if self.pending and (len(self.pending) >= self.depth or not agreed.run):
-            self.commit(*self.pending.popleft())
+            self._commit_oldest()
         self.asleep = agreed.sleep
 
     def take(self, message: ToWorker) -> None:
@@ -112,8 +135,57 @@ class Loop:
                     self._do(self.worker.forget, rid)
             case Ping(seq):
                 self.channel.send(Pong(seq, self.stats()))
+            case Form():
+                self.form(message)
             case Start():
                 raise ValueError("a running worker was told to start")
+
+    def form(self, form: Form) -> None:
+        """Meet the others in a new generation. All ranks take Form between the same two wake calls, so all count them
+        from 0 again; and all are awake, since any of them may have requests."""
+        if self.membership is None:
+            raise ValueError("a worker that runs alone was told to form a unit")
+        self.roll_back()
+        self.wake, self.asleep = 0, False
+        try:
+            ready = self.membership.form(form)
+        except PeerLost as e:
+            self._tell(e)
+            return
+        self.whole = True
+        self.channel.send(ready)
+
+    def roll_back(self) -> None:
+        """Commit the steps in flight that were finished and take back the others, as if they had not been planned.
+
+        Waits for a step that runs: its own waits end when the generation is stopped, or at the deadline.
+        """
+        while self.pending and not isinstance(self.pending[0][1].exception(), PeerLost):
+            self._commit_oldest()
+        while self.pending:
+            plan, result = self.pending.pop()
+            result.exception()
+            self.scheduler.undo(plan)
+        self._lost = None
+
+    def _tell(self, e: PeerLost) -> None:
+        self.whole = False
+        generation = self.membership.generation if self.membership else 0
+        self.channel.send(Lost(list(e.ranks), str(e), generation))
+
+    def _commit_oldest(self) -> None:
+        self.commit(*self.pending[0])
+        self.pending.popleft()
+
+    def _run(self, plan: StepPlan) -> dict[int, Choice]:
+        """A step after one that was given up would compute from what that one left out."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            return self.worker.run(plan)
+        except PeerLost as e:
+            self._lost = e
+            raise
 
     def commit(self, plan: StepPlan, result: "Future[dict[int, Choice]]") -> None:
         """Take a step's results into the scheduler and tell them. Raises what the step raised."""
@@ -148,7 +220,10 @@ class Loop:
         if self._behind:
             return self._behind.submit(what, *args)
         done: Future[Any] = Future()
-        done.set_result(what(*args))
+        try:
+            done.set_result(what(*args))
+        except PeerLost as e:
+            done.set_exception(e)
         return done
 
 
@@ -157,13 +232,25 @@ def _token(req: Request, choice: Choice) -> Token:
     return Token(req.rid, choice.token, req.finish or "", choice.logprob, top, req.n_cached or 0)
 
 
-def _start(channel: "Channel[ToWorker]") -> Start:
+def _first(channel: "Channel[ToWorker]", kind: type[Told]) -> Told:
+    """Wait for the next message, which must be of that kind. Of several the last one counts."""
     messages: list[ToWorker] = []
     while not messages:
         messages = channel.poll(None)
-    if not isinstance(messages[0], Start):
-        raise ValueError(f"the first message must be Start, not {type(messages[0]).__name__}")
-    return messages[0]
+    for message in messages:
+        if not isinstance(message, kind):
+            raise ValueError(f"{kind.__name__} was due, not {type(message).__name__}")
+    return cast(Told, messages[-1])
+
+
+def _join(channel: "Channel[ToWorker]", membership: Membership) -> Ready:
+    """Wait for Form and meet the others; again each time one of them is lost meanwhile."""
+    while True:
+        form = _first(channel, Form)
+        try:
+            return membership.form(form)
+        except PeerLost as e:
+            channel.send(Lost(list(e.ranks), str(e), form.generation))
 
 
 def _progress(channel: "Channel[ToWorker]") -> Callable[[int, int], None]:
@@ -180,29 +267,26 @@ def _progress(channel: "Channel[ToWorker]") -> Callable[[int, int], None]:
 
 
 def main(fd: int) -> int:
-    """The worker process. Exit code 0 when told to end, 2 when the model cannot be loaded, 3 when another rank of the
-    unit is lost."""
+    """The worker process. Exit code 0 when told to end, 2 when the model cannot be loaded."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the channel when it is done
     logging.basicConfig(level=os.environ.get("BRIGADE_LOG_LEVEL", "WARNING"), stream=sys.stderr)
     channel: Channel[ToWorker] = Channel(socket.socket(fileno=fd), ToWorker)
     try:
-        start = _start(channel)
+        start = _first(channel, Start)
         config = start.config
         try:
             unit = UnitRank(start.rank, config.ranks, start.segment, config.rank_deadline)
-            worker, resolved = Worker.load(config, auto.this_machine(), _progress(channel), unit)
-            worker.warm_up()
+            worker = Worker.read(config, auto.this_machine().part(unit.size), _progress(channel), unit)
+            channel.send(Loaded(unit.port))
+            membership = Membership(config, unit, worker)
+            ready = _join(channel, membership)
         except (ValueError, MemoryError) as e:
             channel.send(Failed(str(e)))
             return 2
-        pool = PagePool(resolved.n_pages, config.page)
+        pool = PagePool(ready.n_pages, config.page)
         scheduler = Scheduler(pool, max_step_tokens=config.max_step_tokens, max_running=config.max_running)
-        channel.send(Ready(resolved.n_pages, config.page, resolved.max_context, resolved.notes))
-        Loop(worker, scheduler, channel, config.depth, unit.group).run()
-    except PeerLost as e:
-        with suppress(ChannelClosed):  # when a unit ends, its ranks are stopped after their channels
-            channel.send(Lost(list(e.ranks), str(e)))
-        return 3
+        channel.send(ready)
+        Loop(worker, scheduler, channel, config.depth, membership).run()
     except ChannelClosed:
         log.info("the channel was closed; ending")
     return 0

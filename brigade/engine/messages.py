@@ -15,6 +15,18 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """File number of the memory that the ranks of a unit share; -1 for a unit of one."""
 
 
+class Form(msgspec.Struct, frozen=True, tag=True):
+    """Every rank has its weights: meet the others, then say Ready. After a loss it comes again, to all ranks.
+
+    A rank that is in the middle of something gives up the steps it has not committed and keeps all else.
+    """
+
+    generation: int
+    """1 at first, one more each time. The generation before it was stopped."""
+    addresses: list[str] = []
+    """Where each rank listens for ranks of other hosts, "host:port" by rank; empty where all are on one host."""
+
+
 class Add(msgspec.Struct, frozen=True, tag=True):
     """Start a request. `params.seed` is set by now, so that a restart or a hand-over draws the same tokens."""
 
@@ -44,7 +56,7 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     seq: int
 
 
-ToWorker = Start | Add | Wake | Abort | Ping
+ToWorker = Start | Form | Add | Wake | Abort | Ping
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -54,8 +66,15 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
     total: int
 
 
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """The weights are read: this rank waits for Form."""
+
+    port: int = 0
+    """Where it listens for ranks of other hosts; 0 where all are on one host."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The model is loaded; requests may come."""
+    """This rank has met the others; requests may come once all ranks say so."""
 
     n_pages: int
     page: int
@@ -63,6 +82,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Positions one request may have: the model's context, or what fits into the cache."""
     notes: list[str]
     """What "auto" settings became, and why."""
+    generation: int = 1
+    """That of the Form it answers."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -120,10 +141,14 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
 
 
 class Lost(msgspec.Struct, frozen=True, tag=True):
-    """This rank cannot go on: it waited for others in vain. The last message of a rank."""
+    """This rank waited for others in vain, or was told to stop. It keeps weights, pages and requests, and waits for the
+    next Form."""
 
     ranks: list[int]
+    """Who is missing, as far as it knows."""
     message: str
+    generation: int
+    """The one that it belonged to."""
 
 
-FromWorker = Loading | Ready | Failed | Step | Refused | Pong | Lost
+FromWorker = Loading | Loaded | Ready | Failed | Step | Refused | Pong | Lost

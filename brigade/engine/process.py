@@ -1,4 +1,4 @@
-"""One worker process and the channel to it: start it, wait until it is ready, find out why it died, end it."""
+"""One worker process and the channel to it: start it, find out how it ended, end it."""
 
 import asyncio
 import os
@@ -7,15 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
-from brigade.comm.channel import AsyncChannel, ChannelBroken, ChannelClosed
-from brigade.engine.config import EngineConfig
-from brigade.engine.messages import Failed, FromWorker, Loading, Lost, Ready, Start
+from brigade.comm.channel import AsyncChannel
+from brigade.engine.messages import FromWorker, Start
 from brigade.engine.output import LoadError
 
-LOAD_SILENCE = 300.0
-"""Loading tells of every half per cent; a worker silent for longer than this many seconds is given up."""
 END_DEADLINE = 5.0
 """Seconds a worker has to end by itself once its channel is closed."""
 
@@ -27,10 +23,10 @@ class WorkerProcess:
         self._process, self.channel = process, channel
 
     @classmethod
-    async def start(cls, config: EngineConfig, rank: int = 0, segment: int = -1) -> "WorkerProcess":
-        """Start the process of a rank and tell it what to load. Raises LoadError if the system cannot start one.
+    async def start(cls, start: Start) -> "WorkerProcess":
+        """Start a process and tell it what to load. Raises LoadError if the system cannot start one.
 
-        `segment`: file number of the memory that the ranks share; the process inherits it under the same number.
+        The process inherits the file `start.segment`, if any, under the same number.
         """
         try:
             ours, theirs = socket.socketpair()
@@ -38,32 +34,18 @@ class WorkerProcess:
             raise LoadError(f"no channel to a worker process can be made: {e}") from e
         with theirs:
             try:
-                process = _launch(theirs.fileno(), segment)
+                process = _launch(theirs.fileno(), start.segment)
             except OSError as e:
                 ours.close()
                 raise LoadError(f"no worker process can be started: {e}") from e
-        worker = cls(process, await AsyncChannel.over(ours, FromWorker))
-        worker.channel.send(Start(config, rank, segment))
-        return worker
-
-    async def ready(self, progress: Callable[[Loading], None]) -> Ready:
-        """Wait until the model is loaded. Raises LoadError if it cannot be, or if the process dies or falls silent."""
         try:
-            while True:
-                for message in await asyncio.wait_for(self.channel.receive(), LOAD_SILENCE):
-                    match message:
-                        case Loading():
-                            progress(message)
-                        case Ready():
-                            return message
-                        case Failed(text) | Lost(_, text):
-                            raise LoadError(text)
-                        case _:
-                            raise ChannelBroken(f"{type(message).__name__} before Ready")
-        except TimeoutError:
-            raise LoadError(f"loading made no progress for {LOAD_SILENCE:.0f} s") from None
-        except (ChannelClosed, ChannelBroken) as e:
-            raise LoadError(f"the worker process ended while loading ({await self.end()})") from e
+            worker = cls(process, await AsyncChannel.over(ours, FromWorker))
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        worker.channel.send(start)
+        return worker
 
     @property
     def pid(self) -> int:
@@ -87,7 +69,7 @@ class WorkerProcess:
         """Exit code, waiting up to `deadline` seconds for it; None while the process runs."""
         end = time.monotonic() + deadline
         while self._process.poll() is None and time.monotonic() < end:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.002)
         return self._process.poll()
 
 

@@ -35,6 +35,7 @@ class Router:
     def __init__(self, spec: ModelSpec, n_ranks: int, max_running: int, page: int, pages: int) -> None:
         self._weights = weights_of(spec)
         self._n_ranks, self._max_running, self._max_tokens = n_ranks, max_running, page * pages
+        self._page, self._pages = page, pages
         self._sent = [SentPrefixes(page, pages) for _ in range(n_ranks)]
         self._in_flight: dict[int, InFlight] = {}
         self._last = -1
@@ -71,6 +72,11 @@ class Router:
 
     def ended(self, rid: int) -> None:
         self._in_flight.pop(rid, None)
+
+    def lost(self, rank: int) -> list[int]:
+        """A rank has lost its cache: forget what it had of prompts. Returns the requests that were in flight there."""
+        self._sent[rank] = SentPrefixes(self._page, self._pages)
+        return [rid for rid, request in self._in_flight.items() if request.rank == rank]
 
     def _load(self, rank: int, max_requests: int, max_tokens: int) -> RankLoad:
         mine = [r for r in self._in_flight.values() if r.rank == rank]

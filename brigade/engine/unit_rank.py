@@ -7,6 +7,7 @@ from brigade.comm.group import Alone, Group
 from brigade.comm.segment import FIRST_GENERATION, Segment
 from brigade.comm.shared import SharedExchange, SharedGroup
 from brigade.core.placement import cut
+from brigade.engine.messages import Form
 from brigade.spec.model import ModelSpec
 
 LOAD_DEADLINE = 600.0
@@ -14,12 +15,13 @@ LOAD_DEADLINE = 600.0
 
 
 class UnitRank:
-    """Rank `rank` of `size`. Made before the weights are read; `meet` when they are."""
+    """Rank `rank` of `size`. Made before the weights are read; `meet` when they are, and after each loss."""
 
     def __init__(self, rank: int, size: int, segment: int, deadline: float) -> None:
         """`segment`: file number of the shared memory, -1 for a unit of one. Raises ValueError."""
         self.rank, self.size = rank, size
         self._shared = SharedGroup(Segment.attach(segment), rank, deadline=deadline) if size > 1 else None
+        self.generation = 0
         self.group: Group = self._shared or Alone()
 
     def bounds(self, spec: ModelSpec) -> tuple[int, ...]:
@@ -31,10 +33,17 @@ class UnitRank:
         at = self.bounds(spec)
         return range(at[self.rank], at[self.rank + 1])
 
-    def meet(self) -> None:
-        """Wait until all ranks have loaded their weights. Raises PeerLost."""
+    @property
+    def port(self) -> int:
+        """Where this rank listens for ranks of other hosts; 0 where all are on one host."""
+        return 0
+
+    def meet(self, form: Form) -> None:
+        """Wait until all ranks have come to the new generation. Raises PeerLost."""
+        self.generation = form.generation
         if self._shared is not None:
-            self._shared.form(FIRST_GENERATION, LOAD_DEADLINE)
+            first = form.generation == FIRST_GENERATION
+            self._shared.form(form.generation, LOAD_DEADLINE if first else None)
 
     def exchange(self, spec: ModelSpec, dtype: torch.dtype) -> ExpertExchange | None:
         """How rows reach the experts of other ranks; None where all experts are here. Call it after `meet`."""

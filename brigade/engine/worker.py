@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from brigade.comm.exchange import ExpertExchange
 from brigade.core.scheduler import Slice, StepPlan
 from brigade.engine import auto
 from brigade.engine.config import EngineConfig
@@ -44,21 +43,28 @@ class Worker:
     model: Model
     page: int
     histories: dict[int, History]
+    dtype: str = "bfloat16"
+    """Of activations and cache."""
+    notes: list[str] = field(default_factory=list)
+    """What "auto" settings became while loading, and why."""
 
     @classmethod
     def load(
-        cls,
-        config: EngineConfig,
-        machine: auto.Machine,
-        progress: Callable[[int, int], None],
-        unit: UnitRank | None = None,
+        cls, config: EngineConfig, machine: auto.Machine, progress: Callable[[int, int], None]
     ) -> tuple["Worker", auto.Resolved]:
-        """Read what this rank holds of the checkpoint, meet the other ranks and make the cache.
+        """A worker that runs alone: weights and cache. Raises BadConfig (also for tensor files), ValueError and
+        MemoryError."""
+        worker = cls.read(config, machine, progress, UnitRank(0, 1, -1, config.rank_deadline))
+        return worker, worker.make_cache(config, auto.this_machine())
 
-        Raises BadConfig (also for tensor files), ValueError, MemoryError and, for a unit of several ranks, PeerLost.
+    @classmethod
+    def read(
+        cls, config: EngineConfig, machine: auto.Machine, progress: Callable[[int, int], None], unit: UnitRank
+    ) -> "Worker":
+        """Read what this rank holds of the checkpoint. `machine`: this rank's part of it. Raises as `load` does.
+
+        Before it runs anything it needs a cache and, in a unit of several ranks, the others.
         """
-        unit = unit or UnitRank(0, 1, -1, config.rank_deadline)
-        machine = machine.part(unit.size)
         folder = Path(config.model)
         spec = read_spec(folder)
         checkpoint = Checkpoint(folder, spec, unit.experts(spec) if unit.size > 1 else None)
@@ -69,13 +75,24 @@ class Worker:
         progress(0, total)
         dtype = getattr(torch, computing.dtype)
         model = _read(checkpoint, spec, dtype, computing, threads, lambda done: progress(done, total))
-        unit.meet()
-        if exchange := unit.exchange(spec, dtype):
-            _spread(model, exchange)
-        resolved = auto.resolve(config, spec, auto.this_machine().part(unit.size), computing.dtype)
-        model.attach(KvCache(spec, resolved.n_pages, config.page, dtype), resolved.max_context)
-        resolved.notes[:0] = [computing.note, threads_note]
-        return cls(spec, model, config.page, {}), resolved
+        return cls(spec, model, config.page, {}, computing.dtype, [computing.note, threads_note])
+
+    def make_cache(self, config: EngineConfig, machine: auto.Machine) -> auto.Resolved:
+        """Make the cache from what the weights leave free. Raises ValueError, MemoryError."""
+        resolved = auto.resolve(config, self.spec, machine, self.dtype)
+        cache = KvCache(self.spec, resolved.n_pages, config.page, getattr(torch, self.dtype))
+        self.model.attach(cache, resolved.max_context)
+        resolved.notes[:0] = self.notes
+        return resolved
+
+    def meet(self, unit: UnitRank) -> None:
+        """Reach the experts of other ranks through the unit, which has just formed."""
+        exchange = unit.exchange(self.spec, getattr(torch, self.dtype))
+        if exchange is None:
+            return
+        if isinstance(self.model, Dense):
+            raise TypeError("a dense model has no experts to spread")
+        self.model.exchange = exchange
 
     def add(self, rid: int, prompt: list[int], params: SamplingParams) -> None:
         self.histories[rid] = History(params, prompt)
@@ -86,8 +103,10 @@ class Worker:
     def warm_up(self) -> None:
         """Run one token, so that the first request does not pay for first-call set-up, and a broken model shows now."""
         self.add(-1, [0], SamplingParams(temperature=0))
-        choice = self.run(StepPlan((Slice(-1, (0,), 0, (0,), True),)))[-1]
-        self.forget(-1)
+        try:
+            choice = self.run(StepPlan((Slice(-1, (0,), 0, (0,), True),)))[-1]
+        finally:
+            self.forget(-1)
         if choice.token == BROKEN:
             raise ValueError("the model computes numbers that are not finite; try --dtype float32 or bfloat16")
 
@@ -101,12 +120,6 @@ class Worker:
         for history, choice in zip(rows, choices, strict=True):
             history.append(max(choice.token, 0))  # a broken row still has a position in the steps already planned
         return dict(zip(batch.rids, choices, strict=True))
-
-
-def _spread(model: Model, exchange: ExpertExchange) -> None:
-    if isinstance(model, Dense):
-        raise TypeError("a dense model has no experts to spread")
-    model.exchange = exchange
 
 
 def stop_ids(spec: ModelSpec, params: SamplingParams) -> frozenset[int]:

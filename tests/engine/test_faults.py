@@ -9,7 +9,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from brigade.engine import client
+from brigade.engine import unit
 from brigade.engine.generation import Generation
 from brigade.engine.output import Unavailable
 from tests.engine.asking import ask, rest, start, until
@@ -76,7 +76,7 @@ async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(served:
 async def test_a_worker_that_dies_again_and_again_while_loading_harms_nobody_else(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(unit, "LONGEST_PAUSE", 0.1)
     engine, seen = served.engine, {served.kill()}
     assert await until(lambda: not engine.health().ready, 2)
     asked = asyncio.ensure_future(ask(engine, "The dog"))
