@@ -115,6 +115,7 @@ class Scheduler:
             req.inflight -= 1
             req.tokens.append(new[s.rid])
             if req.finish:
+                req.done = min(req.done, len(req.tokens) - 1)  # a plan ahead may have its last token, and may be undone
                 self._forget(req)
                 finished.append(req)
         return finished
@@ -133,7 +134,7 @@ class Scheduler:
             if req is None:
                 continue
             req.inflight -= s.sample
-            if not req.pages:  # preempted by a later plan, or by one of which this is the first that ran it
+            if not req.pages:  # preempted since
                 continue
             if s.start == req.begun:
                 self._unadmit(req)
