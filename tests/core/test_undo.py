@@ -87,11 +87,12 @@ class Losses:
             self.tokens[request.rid] = request.tokens
 
     def lose(self) -> None:
-        """Some of the plans were run. The others are taken back, newest first. A caller may leave at that."""
+        """Some of the plans were run. The others are taken back, newest first."""
         for _ in range(self.rng.randint(0, len(self.pending))):
             self.commit()
         for plan in self.pending:
             spoil(self.rank, plan, self.rng)
+        self.leave()
         while self.pending:
             self.sched.undo(self.pending.pop())
             self.n_undone += 1
@@ -99,8 +100,12 @@ class Losses:
                 check_state(self.sched, [], list(self.pending))
         if self.check:
             check_findable(self.pool, self.rank)
-        if self.sched.live and self.rng.random() < 0.1:
-            rid = self.rng.choice(sorted(self.sched.live))
+        self.leave()
+
+    def leave(self) -> None:
+        """The caller of the oldest request leaves now and then: others may have relied on it."""
+        if self.sched.live and self.rng.random() < 0.2:
+            rid = min(self.sched.live)
             self.sched.abort(rid)
             self.aborted.add(rid)
 
