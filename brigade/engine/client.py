@@ -325,12 +325,12 @@ class Engine:
     def _on_broken(self, rank: int, why: str) -> None:
         """A rank is lost: its requests end now, those of the others if the unit is not whole again in time."""
         self._up.clear()
-        self._failure = f"{self._who(rank)} was lost ({why}); it is being replaced"
+        self._failure = f"{why}; it is being replaced"
         lost = "the rank that ran this request was lost; it is being replaced, try again"
         for rid in self._router.lost(rank):
             if generation := self._generations.get(rid):
                 generation.fail(Unavailable(lost))
-        log.error("a rank was lost and is being replaced: %s", why)
+        log.error("lost and being replaced: %s", why)
         self._stats[rank] = _IDLE
         self._observer.restarted()
         self._broken_at.setdefault(rank, time.monotonic())
