@@ -1,4 +1,5 @@
-"""One model on one rank and on several, in turn in one session: decode tokens/s, and what share of the first it is.
+"""One model on one rank and on several, in turn in one session: decode tokens/s, and what share of the first it is;
+then how long the smallest unit of several ranks takes to wake.
 
     python -m bench.ranks CHECKPOINT --layouts 1x2,2x1,4x1 --concurrency 32
 
@@ -42,6 +43,8 @@ def main() -> int:
             rate.append(tokens_per_s)
             texts.append(text)
     Console(width=100).print(table(layouts, rates, options.concurrency))
+    if several := [(ranks, threads) for ranks, threads in layouts if ranks > 1]:
+        print(waking(options.checkpoint, *min(several), rounds=10 * options.rounds))
     if any(text != texts[0] for text in texts):
         print("the layouts do not say the same", file=sys.stderr)
         return 1
@@ -64,6 +67,23 @@ def measure(
         total = time.perf_counter() - begin
     prefill = max(c.timings.ttft for c in done)
     return len(prompts) * (n - 1) / (total - prefill), [c.token_ids for c in done]
+
+
+def waking(checkpoint: Path, ranks: int, threads: int, rounds: int) -> str:
+    """How long an idle unit takes to wake: from a request of one token to its answer, less a decode step's time."""
+    one, many = (SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (1, 64))
+    firsts, steps = [], []
+    with Brigade(str(checkpoint), ranks=ranks, threads=threads) as model:
+        model.generate([[5]], many)
+        for _ in range(rounds):
+            time.sleep(0.1)
+            firsts.append(model.generate([[5]], one)[0].timings.ttft)
+            steps.append(model.generate([[5]], many)[0].timings.tpot)
+    first, step = statistics.median(firsts) * 1e3, statistics.median(steps) * 1e3
+    return (
+        f"waking {ranks} idle ranks: {first - step:.2f} ms of 5 allowed (first token after {first:.2f} ms, "
+        f"worst {max(firsts) * 1e3:.2f}; a decode step takes {step:.2f})"
+    )
 
 
 def table(layouts: list[tuple[int, ...]], rates: list[list[float]], concurrency: int) -> Table:

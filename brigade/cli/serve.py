@@ -76,7 +76,7 @@ def serve(
         int, typer.Option(help="CPU threads of a rank; 0: all cores, shared by the ranks.")
     ] = _ENGINE.threads,
     rank_deadline: Annotated[
-        float, typer.Option(help="Seconds a rank waits for the others before the unit is restarted.")
+        float, typer.Option(help="Seconds a rank waits for the others before one that is missing is replaced.")
     ] = _ENGINE.rank_deadline,
     step_deadline: Annotated[
         float, typer.Option(help="Seconds without progress after which the worker is replaced.")

@@ -79,7 +79,8 @@ class Loop:
         """False from the loss of another rank until the next Form."""
         self.wake = 0
         """Number of the last wake call heard since the unit was formed."""
-        self.asleep = True
+        self.asleep = membership is None
+        """A unit that was just formed is awake: any of its ranks may have requests."""
         self.pending: deque[tuple[StepPlan, Future[dict[int, Choice]]]] = deque()
         self.n_steps = 0
         self._behind = ThreadPoolExecutor(1) if depth > 1 else None
@@ -142,7 +143,7 @@ class Loop:
 
     def form(self, form: Form) -> None:
         """Meet the others in a new generation. All ranks take Form between the same two wake calls, so all count them
-        from 0 again; and all are awake, since any of them may have requests."""
+        from 0 again."""
         if self.membership is None:
             raise ValueError("a worker that runs alone was told to form a unit")
         self.roll_back()

@@ -269,4 +269,6 @@ def test_ranks_of_a_tiny_model_say_the_same_in_every_layout(
     arguments = ["--layouts", "1x1,2x1", "--concurrency", "3", "--tokens", "4", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["bench.ranks", str(tiny), *arguments])
     assert ranks.main() == 0
-    assert "2 x 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 x 1" in out
+    assert "waking 2 idle ranks" in out

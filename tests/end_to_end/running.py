@@ -26,6 +26,11 @@ class Server:
         [worker] = psutil.Process(self.process.pid).children()
         return worker
 
+    @property
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of a unit of several ranks, in the order in which they were started."""
+        return sorted(psutil.Process(self.process.pid).children(), key=lambda p: (p.create_time(), p.pid))
+
     def family(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]

@@ -61,6 +61,41 @@ def test_a_frozen_worker_is_noticed_and_replaced() -> None:
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 200, 20, "ready again")
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_is_replaced_while_the_other_keeps_its_requests(how: signal.Signals) -> None:
+    deadline = 4.0
+    with serving("--ranks", "2", "--threads", "1", "--rank-deadline", str(deadline)) as server:
+        ends: list[tuple[int, str]] = []
+
+        def ask() -> None:
+            body = {**LONG, "max_tokens": 300, "temperature": 0}
+            r = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            ends.append((r.status_code, r.json()["choices"][0]["text"] if r.is_success else ""))
+
+        ask()
+        want = ends.pop()
+        askers = [threading.Thread(target=ask) for _ in range(4)]
+        for a in askers:
+            a.start()
+        until(lambda: metric(server, "num_requests_running") == 4, 10, "four running requests")
+        first, second = server.ranks
+        lost_at = time.monotonic()
+        second.send_signal(how)
+        until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, deadline + 3, "not ready")
+        assert "rank 1" in httpx.get(f"{server.url}/ready").text
+        for a in askers:
+            a.join(2 * deadline + 10)
+        assert time.monotonic() - lost_at < 2 * deadline + 10
+        assert {status for status, _ in ends} <= {200, 503}
+        assert all(end == want for end in ends if end[0] == 200), "the text of a survivor is what it would have been"
+        assert 503 in [status for status, _ in ends]
+        until(lambda: httpx.get(f"{server.url}/ready").status_code == 200, 20, "ready again")
+        assert first in server.ranks
+        assert second not in server.ranks
+        ask()
+        assert ends[-1] == want
+
+
 def test_pages_come_back_when_clients_leave() -> None:
     with serving() as server:
         with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}) as stream:

@@ -53,3 +53,16 @@ def test_attention_weighs_more_in_a_model_with_more_layers_of_it() -> None:
     w = weights_of(SPEC)
     assert 0 < w.pair < 0.01
     assert 0 < w.kv < 0.01
+
+
+def test_a_rank_that_lost_its_cache_is_not_preferred_for_what_it_had() -> None:
+    r = router()
+    for rid in range(3):
+        r.place(rid, prompt(200, 1000 * rid), 8, "")
+    r.place(3, prompt(20, 9000), 8, "")
+    assert r.lost(1) == [1], "what was in flight there"
+    for rid in range(4):
+        r.ended(rid)
+    r.place(4, prompt(5, 5000), 8, "")  # the turn goes on
+    assert r.place(5, [*prompt(200, 1000), 7, 8, 9], 8, "") != 1
+    assert r.place(6, [*prompt(200, 2000), 7, 8, 9], 8, "") == 2
