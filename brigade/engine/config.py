@@ -44,7 +44,7 @@ class EngineConfig:
     threads: int = 0
     """CPU threads of each rank; 0: the cores this process may use, shared by the ranks."""
     rank_deadline: float = 5.0
-    """Seconds that a rank waits for the others in a step before it says who is missing, which is then replaced; then, that
+    """Seconds that a rank waits for the others in a step before it says who is missing, which is replaced; then, that
     requests of the others wait for the replacement before they end with an error."""
     step_deadline: float = 60.0
     """Seconds without progress after which the worker is considered stuck, killed and replaced."""
