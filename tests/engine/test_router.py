@@ -65,4 +65,5 @@ def test_a_rank_that_lost_its_cache_is_not_preferred_for_what_it_had() -> None:
         r.ended(rid)
     r.place(4, prompt(5, 5000), 8, "")  # the turn goes on
     assert r.place(5, [*prompt(200, 1000), 7, 8, 9], 8, "") != 1
+    r.ended(5)
     assert r.place(6, [*prompt(200, 2000), 7, 8, 9], 8, "") == 2
