@@ -37,6 +37,9 @@ class Slice:
     start: int
     pages: tuple[int, ...]
     sample: bool
+    prompt_end: int = 0
+    """Positions before it are in whole pages of the prompt. A model may compute them in another way than those after,
+    which rounds differently: the border is the same however the request is cut and however often it is computed."""
 
     @property
     def end(self) -> int:
@@ -62,12 +65,16 @@ class Scheduler:
 
     Running requests come first, oldest first; what is left of the step's token budget admits waiting ones. So a decode
     never waits for more than one chunk of somebody's prompt.
+
+    `share_answers` False is for models that compute the rows before a slice's prompt_end in their own way: then only
+    those are found by other requests, and the next turn of a chat computes the last answer once more, as a prompt.
     """
 
-    def __init__(self, pool: PagePool, *, max_step_tokens: int, max_running: int) -> None:
+    def __init__(self, pool: PagePool, *, max_step_tokens: int, max_running: int, share_answers: bool = True) -> None:
         if max_step_tokens < 1 or max_running < 1:
             raise ValueError("max_step_tokens and max_running must be at least 1")
         self.pool, self.max_step_tokens, self.max_running = pool, max_step_tokens, max_running
+        self.share_answers = share_answers
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.live: dict[int, Request] = {}
@@ -173,7 +180,7 @@ class Scheduler:
         req = self.waiting[0]
         if req.inflight:  # preempted with a sample on its way: its next token is not known yet
             return None
-        found, known = self.pool.match(req.tokens, req.salt)
+        found, known = self.pool.match(self._shareable(req), req.salt)
         n_cached = len(found) * self.pool.page
         n = min(len(req.tokens) - n_cached, budget)
         # A spare page for each running request: without it, their growth would preempt this one in the next step.
@@ -214,12 +221,22 @@ class Scheduler:
         tokens = (*known, *[LAST] * (n - len(known)))
         self._publish(req)
         req.inflight += sample
-        return Slice(req.rid, tokens, start, tuple(req.pages), sample)
+        return Slice(req.rid, tokens, start, tuple(req.pages), sample, self._prompt_end(req))
 
     def _publish(self, req: Request) -> None:
-        page = self.pool.page
-        if min(req.done, len(req.tokens)) // page > req.known.n_pages:
-            req.known = self.pool.publish(req.tokens[: req.done], req.pages, req.known)
+        page, n = self.pool.page, min(req.done, len(req.tokens))
+        if not self.share_answers:
+            n = min(n, self._prompt_end(req))
+        if n // page > req.known.n_pages:
+            req.known = self.pool.publish(req.tokens[:n], req.pages, req.known)
+
+    def _shareable(self, req: Request) -> list[int]:
+        """Tokens whose pages may be another request's, and one more."""
+        return req.tokens if self.share_answers else req.tokens[: self._prompt_end(req) + 1]
+
+    def _prompt_end(self, req: Request) -> int:
+        """The end of the prompt's whole pages; at least its last token is left over."""
+        return (req.n_prompt - 1) // self.pool.page * self.pool.page
 
     def _give_back(self, req: Request) -> None:
         self.pool.release(req.pages)

@@ -17,21 +17,26 @@ VOCAB = 6
 ROOT = 12345
 
 
-def cell(before: int, token: int) -> int:
-    """What one position leaves in the cache: it depends on its token and on what it attended to."""
-    return hash((before, token))
+def cell(before: int, token: int, read: bool = False) -> int:
+    """What one position leaves in the cache: it depends on its token, on what it attended to and, in a rank of two
+    forms, on whether it was computed as part of a prompt's whole pages."""
+    return hash((before, token, read)) if read else hash((before, token))
 
 
 def next_token(cells: Iterable[int]) -> int:
     return hash(tuple(cells)) // 7 % VOCAB
 
 
-def alone(prompt: list[int], max_new: int, stop_ids: Iterable[int] = ()) -> list[int]:
-    """Tokens of a request that has the machine to itself: no pages, no scheduler."""
+def alone(prompt: list[int], max_new: int, stop_ids: Iterable[int] = (), page: int = 0) -> list[int]:
+    """Tokens of a request that has the machine to itself: no pages, no scheduler.
+
+    `page`: that of a rank with two forms.
+    """
+    n_read = (len(prompt) - 1) // page * page if page else 0
     tokens, cells = list(prompt), list[int]()
     while len(tokens) - len(prompt) < max_new:
         for token in tokens[len(cells) :]:
-            cells.append(cell(cells[-1] if cells else ROOT, token))
+            cells.append(cell(cells[-1] if cells else ROOT, token, len(cells) < n_read))
         tokens.append(next_token(cells))
         if tokens[-1] in stop_ids:
             break
@@ -41,8 +46,8 @@ def alone(prompt: list[int], max_new: int, stop_ids: Iterable[int] = ()) -> list
 class FakeRank:
     """Runs plans in order. As in a layer of a model, all slices write (in order) before any reads."""
 
-    def __init__(self, n_pages: int, page: int) -> None:
-        self.page = page
+    def __init__(self, n_pages: int, page: int, two_forms: bool = False) -> None:
+        self.page, self.two_forms = page, two_forms
         self.cache = [[0] * page for _ in range(n_pages)]
         self.last: dict[int, int] = {}
         self.n_tokens = 0
@@ -54,7 +59,11 @@ class FakeRank:
             for position, token in enumerate(s.tokens, s.start):
                 before = self._read(s.pages, position - 1) if position else ROOT
                 page, slot = s.pages[position // self.page], position % self.page
-                self.cache[page][slot] = cell(before, self.last[s.rid] if token == LAST else token)
+                self.cache[page][slot] = cell(
+                    before,
+                    self.last[s.rid] if token == LAST else token,
+                    self.two_forms and position < s.prompt_end,
+                )
                 written[page, slot] += 1
         assert set(written.values()) <= {1}, "two slices of one step write the same place"
         self.n_tokens += plan.n_tokens
@@ -62,11 +71,11 @@ class FakeRank:
         self.last.update(new)
         return new
 
-    def holds(self, tokens: Sequence[int], pages: Sequence[int]) -> bool:
+    def holds(self, tokens: Sequence[int], pages: Sequence[int], n_prompt: int) -> bool:
         """Whether `pages` hold the cache of `tokens`: what a hand-over to another rank would read."""
-        before = ROOT
+        before, n_read = ROOT, (n_prompt - 1) // self.page * self.page if self.two_forms else 0
         for position, token in enumerate(tokens):
-            before = cell(before, token)
+            before = cell(before, token, position < n_read)
             if self._read(pages, position) != before:
                 return False
         return True
@@ -141,11 +150,14 @@ def play(
     make_scheduler: type[Scheduler] = Scheduler,
     check: bool = True,
     max_steps: int | None = None,
+    two_forms: bool = False,
+    share_answers: bool = True,
 ) -> Run:
     """Drive the scheduler as the engine's loop does: results arrive when `depth` steps are in flight."""
     pool = make_pool(load.n_pages, load.page)
-    sched = make_scheduler(pool, max_step_tokens=load.max_step_tokens, max_running=load.max_running)
-    rank = FakeRank(load.n_pages, load.page)
+    limits = {"max_step_tokens": load.max_step_tokens, "max_running": load.max_running}
+    sched = make_scheduler(pool, **limits, share_answers=share_answers)
+    rank = FakeRank(load.n_pages, load.page, two_forms)
     requests = {i: Request(i, list(p), m, s, salt) for i, (p, m, s, salt) in enumerate(load.requests)}
     pending: deque[tuple[StepPlan, dict[int, int]]] = deque()
     ended: deque[tuple[int, Request, list[int]]] = deque()
@@ -172,7 +184,9 @@ def play(
                 ended.append((step + load.hold, request, pages.get(request.rid, [])))
         while ended and ended[0][0] <= step:
             _, request, kept = ended.popleft()
-            assert not kept or rank.holds(request.tokens[:-1], kept), "pages were used again before their release"
+            assert not kept or rank.holds(request.tokens[:-1], kept, request.n_prompt), (
+                "pages were used again before their release"
+            )
             sched.release(request)
             run.tokens[request.rid] = request.tokens
         if check:

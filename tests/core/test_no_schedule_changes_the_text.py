@@ -101,6 +101,62 @@ def test_without_preemption_only_what_is_not_cached_is_computed(seed: int) -> No
     assert run.n_computed == sum(len(p) + m - 1 for p, m, _, _ in load.requests) - run.n_cached
 
 
+# Ranks that compute prompts and answers in two forms ---------------------------------------------------------------
+
+
+def chats(seed: int) -> Load:
+    """Prompts, and prompts that go on where the answer of another one went, as the next turn of a chat does."""
+    rng = random.Random(4000 + seed)
+    load = random_load(rng, aborts=False)
+    turns = []
+    for i, (prompt, n, stops, salt) in enumerate(load.requests):
+        if turns and rng.random() < 0.5:
+            before, _, _, _ = load.requests[rng.randrange(i)]
+            prompt = alone(before, rng.randint(1, 14), page=load.page) + [
+                rng.randrange(2) for _ in range(rng.randint(0, 3))
+            ]
+        turns.append((prompt, n, stops, salt))
+    need = max(-(-(len(p) + m - 1) // load.page) for p, m, _, _ in turns)
+    return replace(load, requests=turns, n_pages=need + rng.choice((0, 2, 8 * need)))
+
+
+def texts_are_those_alone(load: Load, **how: Any) -> bool:
+    run = play(load, two_forms=True, check=False, **how)
+    return all(
+        run.tokens[i] == alone(prompt, n, stops, load.page) for i, (prompt, n, stops, _) in enumerate(load.requests)
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prompts_and_answers_may_be_computed_in_two_forms(seed: int) -> None:
+    for i in range(10):
+        assert texts_are_those_alone(chats(10 * seed + i), share_answers=False)
+
+
+def shows(load: Load, **how: Any) -> bool:
+    """Whether a text, or what a request leaves in its pages, is not what it should be."""
+    try:
+        return not texts_are_those_alone(load, **how)
+    except AssertionError:
+        return True
+
+
+def test_answers_that_are_shared_in_spite_of_two_forms_would_be_seen() -> None:
+    assert any(shows(chats(seed)) for seed in range(40))
+
+
+class TakesAPromptForAnAnswer(Scheduler):
+    """Publishes only prompts, but finds them also where the request itself has an answer."""
+
+    def _shareable(self, req: Request) -> list[int]:
+        return req.tokens
+
+
+def test_prompts_that_are_taken_for_answers_would_be_seen() -> None:
+    how = {"share_answers": False, "make_scheduler": TakesAPromptForAnAnswer}
+    assert any(shows(chats(seed), **how) for seed in range(400))
+
+
 # Bugs put in on purpose ----------------------------------------------------------------------------------------------
 
 

@@ -97,10 +97,10 @@ def test_a_prompt_runs_at_once_and_then_one_token_a_step() -> None:
     sched = make(page=4)
     sched.add(Request(1, prompt(5), max_new=3))
     first = sched.plan()
-    assert first == StepPlan((Slice(1, (0, 1, 2, 3, 4), 0, (0, 1), True),))
+    assert first == StepPlan((Slice(1, (0, 1, 2, 3, 4), 0, (0, 1), True, prompt_end=4),))
     assert sched.commit(first, {1: 50}) == []
     second = sched.plan()
-    assert second == StepPlan((Slice(1, (50,), 5, (0, 1), True),))
+    assert second == StepPlan((Slice(1, (50,), 5, (0, 1), True, prompt_end=4),))
     assert sched.commit(second, {1: 51}) == []
     third = sched.plan()
     finished = sched.commit(third, {1: 52})
@@ -235,6 +235,39 @@ def test_the_next_turn_finds_the_answer_also_when_steps_were_planned_ahead(depth
             for request in sched.commit(plan, say(plan)):
                 sched.release(request)
     assert finish(sched, Request(2, [*first.tokens, 7, 7], max_new=1)).n_cached == 12
+
+
+def test_a_slice_says_where_the_whole_pages_of_its_prompt_end() -> None:
+    for n, end in ((1, 0), (4, 0), (5, 4), (8, 4), (9, 8)):
+        sched = make(page=4, max_step_tokens=3)
+        sched.add(Request(1, prompt(n), max_new=6))
+        ends = set[int]()
+        while sched.busy:
+            plan = sched.plan()
+            ends |= {s.prompt_end for s in plan.slices}
+            sched.commit(plan, say(plan))
+        assert ends == {end}, n
+
+
+def test_where_answers_are_not_shared_the_next_turn_finds_the_whole_pages_of_the_last_prompt() -> None:
+    sched = Scheduler(PagePool(64, 4), max_step_tokens=64, max_running=8, share_answers=False)
+    request = Request(1, prompt(10), max_new=12)
+    sched.add(request)
+    while sched.busy:
+        step(sched)
+    sched.add(Request(2, [*request.tokens, 7], max_new=1))
+    assert shape(sched.plan()) == [(2, 8, 23, True)]
+
+
+def test_where_answers_are_not_shared_a_prompt_does_not_stand_for_an_answer() -> None:
+    """A longer prompt holds what a preempted request has said, but in another form."""
+    sched = Scheduler(PagePool(64, 4), max_step_tokens=64, max_running=8, share_answers=False)
+    request = Request(1, prompt(10), max_new=12)
+    request.tokens += [99] * 8
+    sched.add(Request(2, [*request.tokens, 99, 99], max_new=1))
+    step(sched)
+    sched.add(request)
+    assert shape(sched.plan()) == [(1, 8, 18, True)]
 
 
 def test_tenants_with_different_salts_never_share_pages() -> None:
@@ -508,7 +541,13 @@ def test_many_identical_prompts_share_all_they_can() -> None:
 
 def test_a_plan_is_plain_and_comparable() -> None:
     def plan(**changes: Any) -> StepPlan:
-        return StepPlan((Slice(**{"rid": 1, "tokens": (1,), "start": 0, "pages": (0,), "sample": True, **changes}),))
+        return StepPlan(
+            (
+                Slice(
+                    **{"rid": 1, "tokens": (1,), "start": 0, "pages": (0,), "sample": True, "prompt_end": 0, **changes}
+                ),
+            )
+        )
 
     assert plan() == plan()
     assert hash(plan()) == hash(plan())
