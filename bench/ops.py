@@ -28,7 +28,7 @@ from bench.roofline import CACHE_BYTES, WEIGHT_BYTES, Op
 from brigade.engine.machine import read_cpu
 from brigade.kernels.cpu import structs
 from brigade.kernels.cpu.build import Built, find_library
-from brigade.kernels.cpu.layers import FeedForward, Head, Kernels, MlaLayer, for_linear, padded
+from brigade.kernels.cpu.layers import FeedForward, Head, Kernels, MlaLayer, for_linear, has_expanded_form, padded
 from brigade.kernels.cpu.packed import Kind
 from brigade.model import rotary
 from brigade.spec.config import read_spec
@@ -117,37 +117,46 @@ class Bench:
         weights = (rank or a.n_heads * a.qk) * dim + (a.kv_rank + a.rope) * dim + rank * a.n_heads * a.qk
         weights += a.n_heads * (a.nope + a.v) * a.kv_rank + a.n_heads * a.v * dim
         for n_requests, n, start in CONTEXTS:
-            step, cache, _held = self._step(n_requests, n, start)
+            expanded = n > 1 and has_expanded_form(a)
+            step, cache, _held = self._step(n_requests, n, start, expanded)
             tokens, case = n_requests * n, f"{n_requests} x {n} @ {start}"
             positions = n_requests * sum(range(start + 1, start + n + 1))
             core = Op(
                 "core attention",
                 n_requests * (start + n) * (a.kv_rank + a.rope) * CACHE_BYTES,
-                2 * positions * a.n_heads * (2 * a.kv_rank + a.rope),
+                2 * positions * a.n_heads * (a.qk + a.v if expanded else 2 * a.kv_rank + a.rope),
             )
             product = self._product("projections", weights, tokens)
-            whole = Op("attention", core.n_bytes + product.n_bytes, core.n_ops + product.n_ops)
+            # Keys of this step are expanded by the projections' last matrix, those before it once more.
+            again = 2 * n_requests * start * a.n_heads * (a.nope + a.v) * a.kv_rank if expanded else 0
+            whole = Op("attention", core.n_bytes + product.n_bytes, core.n_ops + product.n_ops + again)
             x = self._residual(tokens)
-            yield Line("core attention", case, core, median(self._core(step, cache, tokens)))
+            yield Line("core attention", case, core, median(self._core(step, cache, tokens, expanded)))
             yield Line("attention", case, whole, median(lambda s=step, c=cache, x=x: layer(x.clone(), s, c)))  # type: ignore[misc]
 
-    def _core(self, step: structs.Step, cache: Tensor, n_tokens: int) -> Callable[[], None]:
+    def _core(self, step: structs.Step, cache: Tensor, n_tokens: int, expanded: bool) -> Callable[[], None]:
+        """Attention alone: over the latents, or over heads as if they had been expanded."""
         a, k = self.a, self.kernels
         row = a.kv_rank + a.rope
-        stride = padded(row)
+        heads, n_out = structs.Heads(1, a.n_heads, 0, row, 0, a.kv_rank, row, 0, 0), a.kv_rank
+        if expanded:
+            key_value = a.qk + a.v
+            cache = torch.randn(*cache.shape[:2], a.n_heads * key_value).bfloat16()
+            heads = structs.Heads(a.n_heads, 1, 0, a.qk, a.qk, a.v, a.n_heads * key_value, key_value, key_value)
+            n_out = a.v
+        stride = padded(heads.key_width)
         q = torch.randn(n_tokens, a.n_heads, stride).bfloat16()
-        out = torch.empty_like(q)
-        heads = structs.Heads(1, a.n_heads, 0, row, 0, a.kv_rank, row, 0, 0)
+        out = torch.empty(n_tokens, a.n_heads, padded(n_out), dtype=torch.bfloat16)
         return lambda: k.library.attention(
-            *(k.pool, heads, step, cache.data_ptr(), q.data_ptr(), stride, out.data_ptr(), stride)
+            *(k.pool, heads, step, cache.data_ptr(), q.data_ptr(), stride, out.data_ptr(), out.shape[-1])
         )
 
-    def _step(self, n_requests: int, n: int, start: int) -> tuple[structs.Step, Tensor, object]:
+    def _step(self, n_requests: int, n: int, start: int, expanded: bool) -> tuple[structs.Step, Tensor, object]:
         """A step of equal requests with pages of their own, a cache of random rows, and what must live as long."""
         each = -(-(start + n) // PAGE)
         sequences = (structs.Sequence * n_requests)()
         for i in range(n_requests):
-            sequences[i] = structs.Sequence(i * n, n, start, i * each)
+            sequences[i] = structs.Sequence(i * n, n, start, i * each, start + n if expanded else 0)
         pages = torch.randperm(n_requests * each).int()
         position = torch.arange(start, start + n).repeat(n_requests)
         first = torch.arange(n_requests).repeat_interleave(n) * each

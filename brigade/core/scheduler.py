@@ -149,7 +149,8 @@ class Scheduler:
             keep = self._n_pages(s.start)
             self.pool.release(req.pages[keep:])
             req.pages, req.done = req.pages[:keep], s.start
-            req.known = self.pool.publish(req.tokens[: req.done], req.pages, Known(0, req.salt))
+            req.known = Known(0, req.salt)
+            self._publish(req)
 
     def release(self, req: Request) -> None:
         """Give back the pages of a finished request, leaving what it computed findable for the next turn of a chat."""

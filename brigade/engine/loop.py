@@ -285,7 +285,12 @@ def main(fd: int) -> int:
             channel.send(Failed(str(e)))
             return 2
         pool = PagePool(ready.n_pages, config.page)
-        scheduler = Scheduler(pool, max_step_tokens=config.max_step_tokens, max_running=config.max_running)
+        scheduler = Scheduler(
+            pool,
+            max_step_tokens=config.max_step_tokens,
+            max_running=config.max_running,
+            share_answers=not worker.model.two_forms,
+        )
         channel.send(ready)
         Loop(worker, scheduler, channel, config.depth, membership).run()
     except ChannelClosed:

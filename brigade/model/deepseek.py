@@ -55,6 +55,9 @@ class Attention:
 class DeepSeek:
     """The model on one rank. `forward` may be called with a batch of no tokens."""
 
+    two_forms = False
+    """Whether rows of a prompt are computed in another way than those of an answer."""
+
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         if not isinstance(spec.attention, Mla):
             raise TypeError(f"{spec.architecture} has no latent attention")

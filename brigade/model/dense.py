@@ -17,6 +17,9 @@ from brigade.spec.model import Gqa, ModelSpec
 class Dense:
     """The model on one rank. `forward` may be called with a batch of no tokens."""
 
+    two_forms = False
+    """As DeepSeek's."""
+
     def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
         if not isinstance(spec.attention, Gqa):
             raise TypeError(f"{spec.architecture} has no grouped-query attention")

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from brigade.comm.exchange import ExpertExchange
 from brigade.kernels.cpu import structs
-from brigade.kernels.cpu.layers import FeedForward, GqaLayer, Head, Kernels, MlaLayer, Read, padded
+from brigade.kernels.cpu.layers import (
+    FeedForward,
+    GqaLayer,
+    Head,
+    Kernels,
+    MlaLayer,
+    Read,
+    has_expanded_form,
+    padded,
+)
 from brigade.kernels.cpu.packed import Kind
 from brigade.model import rotary
 from brigade.model.batch import Batch
@@ -37,6 +46,8 @@ class CpuModel:
         ]
         head = self.embed if spec.tied_head else read("lm_head.weight")
         self.head = Head(kernels, spec, read, head, kind)
+        self.two_forms = has_expanded_form(a)
+        """Whether a prompt's rows are computed in another way than an answer's, so that they differ by a rounding."""
         self.exchange: ExpertExchange | None = None
         """How rows reach experts of other ranks, where `read` gives only some of them."""
         self.cache: KvCache
@@ -78,7 +89,7 @@ class CpuModel:
         n = len(batch.slices)
         sequences, pages, first = (structs.Sequence * n)(), list[int](), 0
         for i, (row, s) in enumerate(batch.slices):
-            sequences[i] = structs.Sequence(row, len(s.tokens), s.start, first)
+            sequences[i] = structs.Sequence(row, len(s.tokens), s.start, first, s.prompt_end)
             pages += s.pages
             first += len(s.pages)
         pages_P = torch.tensor(pages, dtype=torch.int32)

@@ -114,7 +114,7 @@ struct Batch {
     fill(cos), fill(sin);
     int64_t row = 0;
     for (auto [n, start] : tokens_and_start) {
-      sequences.push_back({row, n, start, (int64_t)pages.size()});
+      sequences.push_back({row, n, start, (int64_t)pages.size(), 0});
       for (int64_t p = start; p < start + n; p++)
         slots.data[row++] = ((int64_t)pages.size() + p / page) * page + p % page;
       for (int64_t p = 0; p < start + n; p += page) pages.push_back((int32_t)pages.size());
@@ -155,21 +155,30 @@ static void run_attention_alone(Pool* pool) {
       }
 }
 
+// Where a sequence's expanded positions end: nowhere, within it or not, and behind it.
+static int64_t border(const Sequence& s, int which) {
+  const int64_t end = s.start + s.n;
+  return which == 0 ? 0 : which == 1 ? (end - 1) / 8 * 8 : which == 2 ? s.start + s.n / 2 : end;
+}
+
 static void run_mla(Pool* pool, int32_t kind, bool lora) {
   const int64_t dim = 72, n_heads = 3, q_rank = lora ? 23 : 0, kv_rank = 20, nope = 18, rope = 6, v = 10;
   const int64_t queries = n_heads * (nope + rope);
   Weights down(1, (lora ? q_rank : queries) + kv_rank + rope, dim, kind), q_up(1, lora ? queries : 0, lora ? q_rank : 2, kind);
   Weights key(n_heads, kv_rank, nope, BF16), value(n_heads, v, kv_rank, BF16), out(1, dim, n_heads * v, kind);
+  Weights expand_key(n_heads, nope, kv_rank, BF16);
   Array<float> norm(dim), q_norm(q_rank), kv_norm(kv_rank);
   fill(norm), fill(q_norm), fill(kv_norm);
   for (const auto& sequences : BATCHES)
-    for (int32_t interleaved : {0, 1}) {
+    for (int which : {0, 1, 2, 3}) {
+      const int32_t interleaved = which % 2;
       Batch batch(sequences, 8, rope);
+      for (Sequence& s : batch.sequences) s.expanded = border(s, which);
       Array<float> residual(batch.n_tokens * dim);
       Array<bf16> cache(batch.pages.size() * 8 * (kv_rank + rope));
       fill(residual), fill(cache);
       const Mla layer{norm.data, lora ? q_norm.data : nullptr, kv_norm.data, down.matrix, q_up.matrix, key.matrix, value.matrix,
-                      out.matrix, dim, n_heads, q_rank, kv_rank, nope, rope, v, 1e-6f, 1e-6f, .2f, interleaved};
+                      expand_key.matrix, out.matrix, dim, n_heads, q_rank, kv_rank, nope, rope, v, 1e-6f, 1e-6f, .2f, interleaved};
       const Step step = batch.step();
       mla(pool, &layer, &step, residual.data, dim, cache.data);
       expect_finite(residual, "mla");

@@ -77,6 +77,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "v3 with two shared experts, unnormalised weights, no dense layer": lambda: _v3(
         n_shared_experts=2, norm_topk_prob=False, first_k_dense_replace=0
     ),
+    "v3 with a wide latent": lambda: _v3(kv_lora_rank=84),
     "v3 with half-split rotary, all layers dense": lambda: _v3(rope_interleave=False, first_k_dense_replace=3),
     "v3 in fp8 blocks, dequantised": lambda: _v3(hidden_size=200, intermediate_size=264, moe_intermediate_size=136),
     "llama": lambda: _randomised(LlamaForCausalLM(LlamaConfig(**DENSE))),

@@ -36,10 +36,11 @@ def load(folder: Path, n_pages: int = 64, page: int = 8, context: int = 512) -> 
 
 
 @torch.inference_mode()
-def logits(worker: Worker, tokens: list[int], start: int = 0) -> torch.Tensor:
+def logits(worker: Worker, tokens: list[int], start: int = 0, prompt_end: int = 0) -> torch.Tensor:
     """Logits of every position of tokens[start:], the ones before being cached already; pages are used backwards."""
     pages = tuple(range(worker.model.cache.layers.shape[1]))[::-1]
-    plan = StepPlan((Slice(0, tuple(tokens[start:]), start, pages[: -(-len(tokens) // worker.page)], True),))
+    table = pages[: -(-len(tokens) // worker.page)]
+    plan = StepPlan((Slice(0, tuple(tokens[start:]), start, table, True, prompt_end),))
     batch = build(plan, worker.page, {})
     every_row = replace(batch, sample_R=torch.arange(len(tokens) - start))
     return worker.model.forward(every_row)
@@ -59,7 +60,12 @@ def generate(
     arrive_every: int = 0,
 ) -> Served:
     """Serve all prompts. With depth 2 and more, plans are made before results are known."""
-    sched = Scheduler(PagePool(n_pages, worker.page), max_step_tokens=max_step_tokens, max_running=max_running)
+    sched = Scheduler(
+        PagePool(n_pages, worker.page),
+        max_step_tokens=max_step_tokens,
+        max_running=max_running,
+        share_answers=not worker.model.two_forms,
+    )
     requests = [Request(i, list(p), n, stop_ids) for i, (p, n) in enumerate(zip(prompts, n_new, strict=True))]
     arriving, pending, turn = deque(requests), deque[tuple[StepPlan, dict[int, int]]](), 0
     worker.histories.clear()

@@ -38,6 +38,8 @@ from tests.model.conftest import Made
 DEMO = Path(DEMO_MODEL)
 V3_KINDS = [kind for kind in checkpoints.MODELS if kind.startswith("v3")]
 GROUPED = "v3 with group-limited routing"
+WIDE = "v3 with a wide latent"
+"""Its prompts are computed in the expanded form."""
 KINDS: tuple[Kind, ...] = ("bf16", "int8", "int4")
 Get = Callable[[str], Made]
 Load = Callable[..., Worker]
@@ -166,6 +168,7 @@ class Recorded:
 
     def __init__(self, model: CpuModel) -> None:
         self.model, self.rows = model, dict[tuple[int, int], Tensor]()
+        self.two_forms = model.two_forms
 
     def forward(self, batch: Batch) -> Tensor:
         out = self.model.forward(batch)
@@ -197,7 +200,7 @@ SCHEDULES: dict[str, dict[str, int]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [GROUPED, "v3 without q_lora", "the demo"])
+@pytest.mark.parametrize("name", [GROUPED, "v3 without q_lora", WIDE, "the demo"])
 def test_no_schedule_changes_the_text_or_a_bit_of_the_logits(
     checkpoint: Get, load: Load, name: str, kind: Kind
 ) -> None:
@@ -226,6 +229,43 @@ def test_logits_of_every_position_are_the_same_bits_however_a_prompt_is_cut(load
     for cut in (1, 64, 511, 512, 513, 699):
         parts = [driving.logits(worker, tokens[:cut]), driving.logits(worker, tokens, start=cut)]
         assert torch.equal(torch.cat(parts), whole), cut
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_next_turn_of_a_chat_says_the_same_with_what_is_cached_and_without(
+    checkpoint: Get, load: Load, threads: int
+) -> None:
+    """The second prompt holds the first one and its answer, which the kernels compute in two forms."""
+    folder, _ = checkpoint(WIDE)
+    first = some_tokens(100)
+    (answer,), _, _ = serve(load(folder, threads=threads), [first], 40)
+    second = [*first, *answer, *some_tokens(30, seed=2)]
+    (alone,), rows, _ = serve(load(folder, threads=threads), [second], 12)
+    texts, seen, served = serve(load(folder, threads=threads), [first, second], 40, arrive_every=60)
+    assert texts[0] == answer
+    assert texts[1][:12] == alone
+    assert served.requests[1].n_cached == 96  # the whole pages of the first prompt
+    assert all(torch.equal(row, seen[1, position]) for (_, position), row in rows.items())
+
+
+def test_logits_of_a_prompt_in_two_forms_are_the_same_bits_however_it_is_cut(checkpoint: Get, load: Load) -> None:
+    worker, tokens = load(checkpoint(WIDE)[0], n_pages=100, context=1024), some_tokens(700)
+    whole = driving.logits(worker, tokens, prompt_end=600)
+    for cut in (1, 64, 511, 512, 513, 599, 600, 601, 699):
+        parts = [driving.logits(worker, tokens[:cut], 0, 600), driving.logits(worker, tokens, cut, 600)]
+        assert torch.equal(torch.cat(parts), whole), cut
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_in_the_expanded_form_is_as_near_to_float32(checkpoint: Get, load: Load, kind: Kind) -> None:
+    """Seen: medians that differ by less than a tenth."""
+    folder, _ = checkpoint(WIDE)
+    tokens = some_tokens(250)
+    want = driving.logits(on_torch(folder), tokens)
+    absorbed, expanded = (driving.logits(load(folder, kind), tokens, prompt_end=end) for end in (0, 248))
+    assert not torch.equal(absorbed, expanded)
+    far, near = (float(distances(got, want).median()) for got in (expanded, absorbed))
+    assert far < 1.3 * near, (far, near)
 
 
 def test_a_batch_of_no_tokens_gives_no_logits(checkpoint: Get, load: Load) -> None:

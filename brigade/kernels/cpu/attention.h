@@ -21,6 +21,7 @@ constexpr float NOTHING = -1e30f;  // the maximum of no scores
 // Several tokens of one request: query rows row..row+n-1 of the batch at positions start..
 struct Sequence {
   int64_t row, n, start, first_page;  // first_page: index into the page table
+  int64_t expanded;                   // positions before it are computed in the expanded form, if the layer has one
 };
 
 // Where keys and values lie in a cache row, and how many heads share them.
@@ -72,14 +73,14 @@ class Attention {
   static int64_t n_splits(int64_t n_keys) { return (n_keys + SPLIT - 1) / SPLIT; }
 
   // Take query rows first..first+n-1 of a sequence and key head: row i is token i / group, head i % group of the group.
-  // q: [tokens][heads][q_stride], scaled.
-  void load(const Sequence& s, int64_t kv_head, const bf16* q, int64_t q_stride, int64_t first_row, int64_t n) {
+  // q: scaled, at q + token * token_stride + head * head_stride.
+  void load(const Sequence& s, int64_t kv_head, const bf16* q, int64_t token_stride, int64_t head_stride, int64_t first_row,
+            int64_t n) {
     sequence_ = s, kv_head_ = kv_head, n_ = (int)n;
-    const int64_t n_heads = heads_.n_kv * heads_.group;
     for (int lane = 0; lane < LANES; lane++) {
       const int64_t i = first_row + std::min<int64_t>(lane, n - 1);  // idle lanes repeat the last row
       const int64_t token = i / heads_.group, head = kv_head * heads_.group + i % heads_.group;
-      const bf16* from = q + ((s.row + token) * n_heads + head) * q_stride;
+      const bf16* from = q + (s.row + token) * token_stride + head * head_stride;
       for (int64_t k = 0; k < n_pairs_; k++) memcpy(&queries_[k * LANES + lane], from + 2 * k, 4);
       last_[lane] = (int32_t)(s.start + token);
     }

@@ -1,6 +1,7 @@
 // The functions that Python calls, one or two for each layer, over a residual stream of floats [tokens][stride]. Each is one
 // job for the pool. Rows of activations are padded with zeros to a multiple of 64 numbers. Struct layouts: structs.py.
 #include "attention.h"
+#include "expanded.h"
 #include "experts.h"
 #include "pack.h"
 #include "phases.h"
@@ -11,12 +12,13 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Latent attention of one layer, in absorbed form.
+// Latent attention of one layer: absorbed, and with `expand_key` also expanded (expanded.h).
 struct Mla {
   const float *norm, *q_norm, *kv_norm;
   Matrix down;         // q_a and kv_a as one matrix; without q_lora: q and kv_a
   Matrix q_up;         // outs 0 without q_lora
   Matrix key, value;   // n_heads matrices each: nope -> latent, latent -> v
+  Matrix expand_key;   // the same as key the other way round, latent -> nope; outs 0 for a layer that only absorbs
   Matrix out;
   int64_t dim, n_heads, q_rank, kv_rank, nope, rope, v;
   float eps, latent_eps, scale;
@@ -58,7 +60,8 @@ EXPORT void linear_float(Pool* pool, const Matrix* w, const bf16* x, int64_t n, 
 EXPORT void attention(Pool* pool, const Heads* heads, const Step* step, const bf16* cache, const bf16* q, int64_t q_stride,
                       bf16* out, int64_t out_stride) {
   static Buffer partials;
-  const QueryRows rows{q, q_stride, out, heads->n_kv * heads->group * out_stride, out_stride};
+  const int64_t n_heads = heads->n_kv * heads->group;
+  const QueryRows rows{q, n_heads * q_stride, q_stride, out, n_heads * out_stride, out_stride};
   with_lanes(*heads, *step, [&](auto lanes) {
     AttentionPhases<lanes> a{*heads, *step, Cache{cache, step->page, step->pages}, rows, {}, partials};
     a.plan(pool->n_threads());
@@ -71,6 +74,17 @@ EXPORT void attention(Pool* pool, const Heads* heads, const Step* step, const bf
   });
 }
 
+// Rows of bf16 numbers; row m of a tile goes to row rows[m].
+struct ScatterBf16 {
+  bf16* to;
+  const int64_t* rows;
+  int64_t stride, outs;
+  template <int J>
+  void take(int m, int64_t g, int offset, const __m512 (&sum)[J]) const {
+    StoreBf16{to + rows[m] * stride, 0, outs}.take(0, g, offset, sum);
+  }
+};
+
 // residual += attention(norm(residual)). `cache`: this layer's pages, rows of kv_rank + rope numbers, written here.
 EXPORT void mla(Pool* pool, const Mla* layer, const Step* step, float* residual, int64_t stride, bf16* cache) {
   if (!step->n_tokens) return;
@@ -79,19 +93,21 @@ EXPORT void mla(Pool* pool, const Mla* layer, const Step* step, float* residual,
   const bool lora = a.q_up.outs > 0;
   const int64_t q_outs = lora ? a.q_rank : H * qk;
   const int64_t x_stride = round_up(a.dim, 64), down_stride = round_up(a.down.outs, 64);
-  const int64_t rank_stride = round_up(a.q_rank, 64), q_stride = round_up(H * qk, 64);
+  const int64_t rank_stride = round_up(a.q_rank, 64), q_stride = round_up(H * qk, 64), head_stride = round_up(qk, 64);
   const int64_t latent_stride = round_up(row_width, 64), value_stride = round_up(H * a.v, 64);
+  const Forms forms(*step, a.expand_key.outs > 0);
+  const int64_t A = forms.n_absorbed();
   static Buffer buffer;
-  bf16 *x, *q_low, *queries, *latents, *values, *q_nope;
+  bf16 *x, *q_low, *head_queries, *queries, *latents, *values;
   float *low, *q;
   auto cut = [&](Cutter c) {
     x = c.take<bf16>(T * x_stride);
     low = c.take<float>(T * down_stride);
     q_low = c.take<bf16>(T * rank_stride);
     q = c.take<float>(T * q_stride);
-    q_nope = c.take<bf16>(T * H * round_up(a.nope, 64));
-    queries = c.take<bf16>(T * H * latent_stride);
-    latents = c.take<bf16>(T * H * latent_stride);
+    head_queries = c.take<bf16>(T * H * head_stride);
+    queries = c.take<bf16>(A * H * latent_stride);
+    latents = c.take<bf16>(A * H * latent_stride);
     values = c.take<bf16>(T * value_stride);
     return c;
   };
@@ -116,38 +132,45 @@ EXPORT void mla(Pool* pool, const Mla* layer, const Step* step, float* residual,
   auto up = linear(*pool, a.q_up, q_low, T, rank_stride, memory, [&](int64_t i) { return StoreFloat{q + i * q_stride, q_stride, a.q_up.outs}; });
   auto quantize_low = [&](int64_t t) { up.q.take(t, q_low + t * rank_stride); };
 
-  const int64_t nope_stride = round_up(a.nope, 64);
+  // Scaled queries of heads, and the rotary part of the absorbed ones, which stays as it is.
   auto split_query = [&](int64_t t) {
     for (int64_t h = 0; h < H; h++) {
       const float* from = (lora ? q + t * q_stride : low + t * down_stride) + h * qk;
-      bf16* nope = q_nope + (t * H + h) * nope_stride;
-      bf16* to = queries + (t * H + h) * latent_stride;
-      for (int64_t i = 0; i < nope_stride; i += 16) {
-        const __m512 v = _mm512_maskz_loadu_ps(first(a.nope - i), from + i);
-        store_bf16(nope + i, _mm512_mul_ps(v, _mm512_set1_ps(a.scale)));
+      bf16* to = head_queries + (t * H + h) * head_stride;
+      for (int64_t i = 0; i < a.nope; i += 16) {
+        const __mmask16 lanes = first(a.nope - i);
+        store_bf16(to + i, _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, from + i), _mm512_set1_ps(a.scale)), lanes);
       }
-      rotate(from + a.nope, step->cos + t * a.rope / 2, step->sin + t * a.rope / 2, a.interleaved, a.scale, a.rope, to + a.kv_rank);
-      for (int64_t i = row_width; i < latent_stride; i++) to[i] = 0;
+      rotate(from + a.nope, step->cos + t * a.rope / 2, step->sin + t * a.rope / 2, a.interleaved, a.scale, a.rope, to + a.nope);
+      if (forms.absorbed_row[t] < 0) continue;
+      bf16* latent = queries + (forms.absorbed_row[t] * H + h) * latent_stride;
+      memcpy(latent + a.kv_rank, to + a.nope, a.rope * sizeof(bf16));
     }
   };
 
-  // Into the latent space and out of it: one small matrix for each head.
-  auto per_head = [&](const Matrix& w, int64_t task, const bf16* from, int64_t from_stride, bf16* to, int64_t to_row, int64_t to_head) {
+  // Into the latent space and out of it: one small matrix for each head, over the absorbed rows.
+  auto per_head = [&](const Matrix& w, int64_t task, const auto& row_from, const auto& out_from) {
     const int64_t groups = w.n_groups(), h = task / groups, g = task % groups;
     const Matrix m = w.nth(h);
     multiply_group<BF16>(
-        m, g, T, m.group(std::min(g + 1, groups - 1)),
+        m, g, A, m.group(std::min(g + 1, groups - 1)),
         [&](int64_t i, int count, Rows& rows) {
-          for (int j = 0; j < count; j++) rows.at[j] = (const char*)(from + ((i + j) * H + h) * from_stride);
+          for (int j = 0; j < count; j++) rows.at[j] = (const char*)row_from(i + j, h);
         },
-        [&](int64_t i) { return StoreBf16{to + i * to_row + h * to_head, to_row, m.outs}; });
+        [&](int64_t i) { return out_from(i, h); });
   };
-  auto absorb = [&](int64_t task) { per_head(a.key, task, q_nope, nope_stride, queries, H * latent_stride, latent_stride); };
-  auto expand = [&](int64_t task) { per_head(a.value, task, latents, latent_stride, values, value_stride, a.v); };
+  auto absorb = [&](int64_t task) {
+    per_head(
+        a.key, task, [&](int64_t i, int64_t h) { return head_queries + (forms.row_of[i] * H + h) * head_stride; },
+        [&](int64_t i, int64_t h) { return StoreBf16{queries + (i * H + h) * latent_stride, H * latent_stride, a.kv_rank}; });
+  };
+  auto out_of_latent = [&](int64_t task) {
+    per_head(
+        a.value, task, [&](int64_t i, int64_t h) { return latents + (i * H + h) * latent_stride; },
+        [&](int64_t i, int64_t h) { return ScatterBf16{values + h * a.v, &forms.row_of[i], value_stride, a.v}; });
+  };
 
-  const Heads heads{1, H, 0, row_width, 0, a.kv_rank, row_width, 0, 0};
-  const QueryRows rows{queries, latent_stride, latents, H * latent_stride, latent_stride};
-  auto prepare = [&](Pool::Job& job) {
+  auto make_queries = [&](Pool::Job& job) {
     job.phase(T, normalise);
     if (a.down.kind == INT8) job.phase(T, quantize_x);
     job.phase(a.down.n_groups(), down);
@@ -155,10 +178,23 @@ EXPORT void mla(Pool* pool, const Mla* layer, const Step* step, float* residual,
     if (lora && a.q_up.kind == INT8) job.phase(T, quantize_low);
     if (lora) job.phase(a.q_up.n_groups(), up);
     job.phase(T, split_query);
-    job.phase(H * a.key.n_groups(), absorb);
   };
-  auto finish = [&](Pool::Job& job) { job.phase(H * a.value.n_groups(), expand); };
-  attend(*pool, heads, *step, cache, rows, a.out, values, residual, stride, memory, prepare, finish);
+  if (!forms.expanded.empty()) {
+    Pool::Job& job = pool->open();
+    make_queries(job);
+    pool->run(job);
+    const LatentHeads latent_heads{a.expand_key, a.value, H, a.kv_rank, a.nope, a.rope, a.v};
+    const QueryRows rows{head_queries, H * head_stride, head_stride, values, value_stride, a.v};
+    attend_expanded(*pool, latent_heads, Forms::part(*step, forms.expanded), cache, rows);
+  }
+  const Heads heads{1, H, 0, row_width, 0, a.kv_rank, row_width, 0, 0};
+  const QueryRows rows{queries, H * latent_stride, latent_stride, latents, H * latent_stride, latent_stride};
+  auto prepare = [&](Pool::Job& job) {
+    if (forms.expanded.empty()) make_queries(job);
+    job.phase(A ? H * a.key.n_groups() : 0, absorb);
+  };
+  auto finish = [&](Pool::Job& job) { job.phase(A ? H * a.value.n_groups() : 0, out_of_latent); };
+  attend(*pool, heads, Forms::part(*step, forms.absorbed), cache, rows, a.out, values, residual, stride, memory, prepare, finish);
 }
 
 // The same for grouped-query attention. Rows of `cache` hold 2 * n_kv * head_dim numbers.
@@ -198,7 +234,7 @@ EXPORT void gqa(Pool* pool, const Gqa* layer, const Step* step, float* residual,
   };
 
   const Heads heads{a.n_kv, a.group, 0, D, kv_width, D, 2 * kv_width, D, D};
-  const QueryRows rows{queries, D, values, value_stride, D};
+  const QueryRows rows{queries, H * D, D, values, value_stride, D};
   auto prepare = [&](Pool::Job& job) {
     job.phase(T, normalise);
     if (a.qkv.kind == INT8) job.phase(T, quantize_x);

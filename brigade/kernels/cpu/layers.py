@@ -44,6 +44,12 @@ class Kernels:
         return pack(self.library, weights, kind, paired)
 
 
+def has_expanded_form(a: Mla | Gqa) -> bool:
+    """Whether rows of a prompt's whole pages are computed with expanded keys and values: where a pair of positions then
+    costs less than half of the multiplications, so that expanding the keys is soon paid for. It rounds differently."""
+    return isinstance(a, Mla) and 2 * (a.qk + a.v) < 2 * a.kv_rank + a.rope
+
+
 def padded(n: int) -> int:
     """Numbers of a row of activations that holds n."""
     return -(-n // GROUP) * GROUP
@@ -74,10 +80,12 @@ class MlaLayer:
         if a.q_rank:
             self._norms.append(read(f"{mine}.q_a_layernorm.weight").float())
             q_up = read(f"{mine}.q_b_proj.weight")
+        keys = list(up[:, : a.nope])
         self._packed = {
             "down": kernels.pack([torch.cat(low)], kind),
             "q_up": kernels.pack([q_up], kind),
-            "key": kernels.pack([head.T for head in up[:, : a.nope]], "bf16"),
+            "key": kernels.pack([head.T for head in keys], "bf16"),
+            "expand_key": kernels.pack(keys if has_expanded_form(a) else [torch.empty(0, 2)], "bf16"),
             "value": kernels.pack(list(up[:, a.nope :]), "bf16"),
             "out": kernels.pack([read(f"{mine}.o_proj.weight")], kind),
         }

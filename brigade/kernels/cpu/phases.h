@@ -92,10 +92,10 @@ static void attention_tasks(const Heads& h, const Step& s, int n_threads, std::v
   tasks.swap(cut);
 }
 
-// What attention reads: [tokens][heads][q_stride], scaled; and writes: a head's row at out + token * out_token + head * out_head.
+// What attention reads, scaled: a head's query at q + token * q_token + head * q_head; and where its row goes, in the same way.
 struct QueryRows {
   const bf16* q;
-  int64_t q_stride;
+  int64_t q_token, q_head;
   bf16* out;
   int64_t out_token, out_head;
 };
@@ -124,7 +124,7 @@ struct AttentionPhases {
   void compute(int64_t i) const {
     const AttentionTask& t = tasks[i];
     Attention<LANES> a(heads, cache);
-    a.load(step.sequences[t.sequence], t.kv_head, rows.q, rows.q_stride, t.first_row, t.n);
+    a.load(step.sequences[t.sequence], t.kv_head, rows.q, rows.q_token, rows.q_head, t.first_row, t.n);
     if (t.split >= 0) {
       a.run_split(t.split);
       float* p = partial(i);
@@ -146,7 +146,7 @@ struct AttentionPhases {
     const AttentionTask& t = tasks[i];
     if (t.split != 0) return;
     Attention<LANES> a(heads, cache);
-    a.load(step.sequences[t.sequence], t.kv_head, rows.q, rows.q_stride, t.first_row, t.n);
+    a.load(step.sequences[t.sequence], t.kv_head, rows.q, rows.q_token, rows.q_head, t.first_row, t.n);
     a.clear_total();
     for (int64_t j = i; j < (int64_t)tasks.size() && tasks[j].split == j - i; j++) {
       const float* p = partial(j);

@@ -20,7 +20,7 @@ class Matrix(ctypes.Structure):
 
 
 class Sequence(ctypes.Structure):
-    _fields_ = (("row", c_int64), ("n", c_int64), ("start", c_int64), ("first_page", c_int64))
+    _fields_ = tuple((name, c_int64) for name in ("row", "n", "start", "first_page", "expanded"))
 
 
 class Heads(ctypes.Structure):
@@ -49,7 +49,7 @@ class Step(ctypes.Structure):
 class Mla(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("norm", "q_norm", "kv_norm")),
-        *((name, Matrix) for name in ("down", "q_up", "key", "value", "out")),
+        *((name, Matrix) for name in ("down", "q_up", "key", "value", "expand_key", "out")),
         *((name, c_int64) for name in ("dim", "n_heads", "q_rank", "kv_rank", "nope", "rope", "v")),
         *((name, c_float) for name in ("eps", "latent_eps", "scale")),
         ("interleaved", c_int32),
