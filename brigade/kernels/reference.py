@@ -4,6 +4,8 @@ Shape letters: T tokens, D model width, H heads, C latent rank, R rotary width, 
 E experts, K experts a token, G groups, B requests, P pages, S positions, V vocabulary or value width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +54,14 @@ def route(x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, moe: Moe) -> tuple[Tens
     return ids_TK, w_TK * moe.route_scale
 
 
-def experts(x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+def experts(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    w_TK: Tensor,
+    gate_EFD: Tensor | Sequence[Tensor],
+    up_EFD: Tensor | Sequence[Tensor],
+    down_EDF: Tensor | Sequence[Tensor],
+) -> Tensor:
     """Routed experts: each token through its K experts, weighted and summed in the order of ids: [T, D]."""
     T, K = ids_TK.shape
     order = ids_TK.flatten().argsort(stable=True)

@@ -59,13 +59,14 @@ struct Weights {
         sums(scales.n) {
     matrix.data = bytes.data, matrix.scales = scales.data, matrix.sums = sums.data;
     Array<bf16> w(outs * ins);
+    for (int64_t i = 0; i < n; i++) each.push_back(matrix.nth(i));
     for (int64_t i = 0; i < n; i++) {
       fill(w);
-      const Matrix m = matrix.nth(i);
-      pack(w.data, &m);
+      pack(w.data, &each[i]);
     }
   }
   Matrix matrix;
+  std::vector<Matrix> each;
   Array<char> bytes;
   Array<float> scales;
   Array<int32_t> sums;
@@ -96,8 +97,8 @@ static void run_experts(Pool* pool, int32_t kind) {
         fill(weights), fill(residual);
         for (size_t i = 0; i < ids.n; i++)
           ids.data[i] = one_owns_all ? (i % k ? -1 : n_experts - 1) : (int32_t)(i % (n_experts + 2)) - 1;  // some unknown
-        experts(pool, x.x.data, x.stride, ids.data, weights.data, residual.data, dim, n, k, n_experts, &gate_up.matrix,
-                &down.matrix);
+        experts(pool, x.x.data, x.stride, ids.data, weights.data, residual.data, dim, n, k, n_experts, gate_up.each.data(),
+                down.each.data());
         expect_finite(residual, "experts");
         Array<float> results(n * k * dim);
         fill(results);

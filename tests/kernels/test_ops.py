@@ -192,7 +192,7 @@ class Experts:
                 out.data_ptr(),
                 out.stride(0),
             ),
-            *(len(x), ids.shape[1], self.n, self.gate_up.matrix, self.packed_down.matrix),
+            *(len(x), ids.shape[1], self.n, self.gate_up.each, self.packed_down.each),
         )
         assert (out[:, self.dim :] == 5).all(), "written beyond the row"
         return out[:, : self.dim]

@@ -78,11 +78,13 @@ struct Routes {
 };
 
 // x: [n_tokens][x_stride] bf16, padded with zeros to the matrices' steps; ids, weights: [n_tokens][k];
-// residual: [n_tokens][residual_stride] float, added to in place. gate_up, down: `n_experts` matrices each.
+// residual: [n_tokens][residual_stride] float, added to in place. gate_ups, downs: `n_experts` matrices each, at least one,
+// of equal shapes; each says where its weights are, so that another expert's can take their place between two calls.
 template <Kind K>
 void run_experts(Pool& pool, Buffer& buffer, const bf16* x, int64_t x_stride, const int32_t* ids, const float* weights,
                  float* residual, int64_t residual_stride, int64_t n_tokens, int64_t k, int64_t n_experts,
-                 const Matrix& gate_up, const Matrix& down) {
+                 const Matrix* gate_ups, const Matrix* downs) {
+  const Matrix &gate_up = gate_ups[0], &down = downs[0];  // for the shapes
   const int64_t hidden = gate_up.n_groups() * (GROUP / 2);  // padded; the pad is silu(0) * 0
   const int64_t n_pairs = n_tokens * k, width = gate_up.n_steps() * gate_up.ins_per_step();
   using Hidden = std::conditional_t<K == BF16, bf16, float>;
@@ -109,9 +111,9 @@ void run_experts(Pool& pool, Buffer& buffer, const bf16* x, int64_t x_stride, co
     const int32_t e = routes.active[task / up_groups];
     const int64_t g = task % up_groups, begin = routes.begin[e], n = routes.begin[e + 1] - begin;
     const int64_t after = std::min(task + pool.n_threads(), n_up - 1);
-    const char* next = gate_up.nth(routes.active[after / up_groups]).group(after % up_groups);
+    const char* next = gate_ups[routes.active[after / up_groups]].group(after % up_groups);
     multiply_group<K>(
-        gate_up.nth(e), g, n, next,
+        gate_ups[e], g, n, next,
         [&](int64_t i, int count, Rows& rows) {
           for (int m = 0; m < count; m++) {
             const int64_t t = routes.row[begin + i + m];
@@ -135,9 +137,9 @@ void run_experts(Pool& pool, Buffer& buffer, const bf16* x, int64_t x_stride, co
     for (int64_t a = 0; a < routes.n_active; a++) {
       const int32_t e = routes.active[a];
       const int64_t begin = routes.begin[e], n = routes.begin[e + 1] - begin;
-      const Matrix w = down.nth(e);
+      const Matrix& w = downs[e];
       for (int64_t g = g0; g < g1; g++) {
-        const char* next = g + 1 < g1 ? w.group(g + 1) : down.nth(routes.active[(a + 1) % routes.n_active]).group(g0);
+        const char* next = g + 1 < g1 ? w.group(g + 1) : downs[routes.active[(a + 1) % routes.n_active]].group(g0);
         multiply_group<K>(
             w, g, n, next,
             [&](int64_t i, int count, Rows& rows) {

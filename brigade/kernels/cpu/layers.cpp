@@ -38,6 +38,7 @@ EXPORT Pool* pool_new(int32_t n_threads) { return new Pool(n_threads); }
 EXPORT void pool_free(Pool* pool) { delete pool; }
 
 // Pack `w` [outs][ins] (bf16, row after row) into its place. paired: the first half of the rows are gate, the second up.
+// Uses no pool and no static memory: another thread may pack beside a running step.
 EXPORT void pack(const bf16* w, const Matrix* m) { pack_matrix(w, *m); }
 
 // ---- Linear layers
@@ -284,10 +285,10 @@ EXPORT void norm_and_route(Pool* pool, const float* residual, int64_t stride, co
 
 // residual += sum over each token's experts; see experts.h.
 EXPORT void experts(Pool* pool, const bf16* x, int64_t x_stride, const int32_t* ids, const float* weights, float* residual,
-                    int64_t stride, int64_t n_tokens, int64_t k, int64_t n_experts, const Matrix* gate_up, const Matrix* down) {
+                    int64_t stride, int64_t n_tokens, int64_t k, int64_t n_experts, const Matrix* gate_ups, const Matrix* downs) {
   static Buffer buffer;
-  auto run = gate_up->kind == BF16 ? run_experts<BF16> : gate_up->kind == INT8 ? run_experts<INT8> : run_experts<INT4>;
-  run(*pool, buffer, x, x_stride, ids, weights, residual, stride, n_tokens, k, n_experts, *gate_up, *down);
+  auto run = gate_ups->kind == BF16 ? run_experts<BF16> : gate_ups->kind == INT8 ? run_experts<INT8> : run_experts<INT4>;
+  run(*pool, buffer, x, x_stride, ids, weights, residual, stride, n_tokens, k, n_experts, gate_ups, downs);
 }
 
 // residual += weight * y for the k results of each row, in the order of their experts' ids, as run_experts adds them.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from brigade.kernels.cpu import structs
-from brigade.kernels.cpu.packed import GROUP, Kind, Packed, pack
+from brigade.kernels.cpu.packed import GROUP, Kind, Packed, pack, repack
 from brigade.spec.model import Gqa, Mla, ModelSpec, Moe
 
 Read = Callable[[str], Tensor]
@@ -34,7 +34,7 @@ def unsupported(spec: ModelSpec) -> str | None:
 
 
 class Kernels:
-    """The library and its threads, which live as long as the process. One caller at a time."""
+    """The library and its threads, which live as long as the process. One caller at a time, except for packing."""
 
     def __init__(self, path: Path, n_threads: int) -> None:
         self.library = structs.open_library(path)
@@ -48,6 +48,13 @@ def has_expanded_form(a: Mla | Gqa) -> bool:
     """Whether rows of a prompt's whole pages are computed with expanded keys and values: where a pair of positions then
     costs less than half of the multiplications, so that expanding the keys is soon paid for. It rounds differently."""
     return isinstance(a, Mla) and 2 * (a.qk + a.v) < 2 * a.kv_rank + a.rope
+
+
+class Place(NamedTuple):
+    """Memory that holds one packed expert. All experts of a model have one shape, so any place fits any layer."""
+
+    gate_up: Packed
+    down: Packed
 
 
 def padded(n: int) -> int:
@@ -161,8 +168,10 @@ class FeedForward:
         self._k = self.top_k + self._n_fixed
         gate_up, down = _experts(moe, spec, read, f"{at}.mlp")
         self.n_experts = len(down)
-        self._gate_up = kernels.pack(gate_up, kind, paired=True)
-        self._down = kernels.pack(down, kind)
+        self._kind: Kind = kind
+        all_gate_up, all_down = kernels.pack(gate_up, kind, paired=True), kernels.pack(down, kind)
+        self._gate_up, self._down = all_gate_up.each, all_down.each
+        self._places = [Place(all_gate_up.one(i), all_down.one(i)) for i in range(self.n_experts)]
 
     def _read_gate(self, moe: Moe, read: Read, at: str) -> structs.Gate:
         weight = read(f"{at}.gate.weight").float()
@@ -176,8 +185,27 @@ class FeedForward:
             **{"top_groups": moe.top_groups, "scale": moe.route_scale, "normalise": int(moe.norm_weights)},
         )
 
-    def __call__(self, residual: Tensor) -> None:
-        self._run(*self.route(residual), residual)
+    def __call__(self, residual: Tensor) -> Routed:
+        """Returns where the rows went."""
+        routed = self.route(residual)
+        self._run(*routed, residual)
+        return routed
+
+    def stage(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, spare: Place | None) -> Place:
+        """An expert in a place of its own, a `spare` one if there is one. From any thread, beside a running step."""
+        gate_up = torch.cat([gate_FD, up_FD])
+        if spare is None:
+            library = self._kernels.library
+            return Place(pack(library, [gate_up], self._kind, paired=True), pack(library, [down_DF], self._kind))
+        repack(self._kernels.library, [gate_up], spare.gate_up)
+        repack(self._kernels.library, [down_DF], spare.down)
+        return spare
+
+    def swap(self, slot: int, place: Place) -> Place:
+        """From now on this routed expert is what `place` holds; returns where the old one is. Between two calls."""
+        old, self._places[slot] = self._places[slot], place
+        self._gate_up[slot], self._down[slot] = place.gate_up.matrix, place.down.matrix
+        return old
 
     def route(self, residual: Tensor) -> Routed:
         k, n, stride = self._kernels, residual.shape[0], residual.stride(0)
@@ -219,7 +247,7 @@ class FeedForward:
         k.library.experts(
             *(k.pool, x.data_ptr(), x.stride(0), ids.data_ptr(), weights.data_ptr()),
             *(residual.data_ptr(), residual.stride(0), len(x), ids.shape[1], self.n_experts),
-            *(self._gate_up.matrix, self._down.matrix),
+            *(self._gate_up, self._down),
         )
 
 

@@ -27,7 +27,15 @@ class Packed:
     """Matrices of equal shape, packed one behind the other, and the memory that `matrix` points into."""
 
     matrix: Matrix
+    """The first one."""
     memory: tuple[Tensor, ...]
+    each: "ctypes.Array[Matrix]"
+    """All of them, as the kernels of experts take them."""
+
+    def one(self, i: int) -> "Packed":
+        """Matrix i alone, in the same memory."""
+        each = (Matrix * 1)(self.each[i])
+        return Packed(each[0], self.memory, each)
 
     @property
     def n_bytes(self) -> int:
@@ -46,19 +54,29 @@ def pack(library: ctypes.CDLL, weights: Sequence[Tensor], kind: Kind, paired: bo
     data = large_pages(n * n_bytes)
     n_scales = n * n_groups * GROUP if kind == "int8" else 0
     scales, sums = torch.empty(n_scales), torch.empty(n_scales, dtype=torch.int32)
-    first = Matrix(data.data_ptr(), scales.data_ptr(), sums.data_ptr(), outs, ins, KINDS[kind], int(paired))
-    for i, w in enumerate(weights):
-        if w.shape != (outs, ins):
-            raise ValueError(f"matrix {i} is {tuple(w.shape)}, the first one {(outs, ins)}")
-        at = Matrix(
-            data.data_ptr() + i * n_bytes,
-            scales.data_ptr() + 4 * i * n_groups * GROUP,
-            sums.data_ptr() + 4 * i * n_groups * GROUP,
-            *(outs, ins, KINDS[kind], int(paired)),
+    each = (Matrix * n)(
+        *(
+            Matrix(
+                data.data_ptr() + i * n_bytes,
+                scales.data_ptr() + 4 * i * n_groups * GROUP,
+                sums.data_ptr() + 4 * i * n_groups * GROUP,
+                *(outs, ins, KINDS[kind], int(paired)),
+            )
+            for i in range(n)
         )
+    )
+    packed = Packed(each[0], (data, scales, sums), each)
+    repack(library, weights, packed)
+    return packed
+
+
+def repack(library: ctypes.CDLL, weights: Sequence[Tensor], packed: Packed) -> None:
+    """Pack other matrices of the same shape into the same memory, which nothing may be reading. From any thread."""
+    for i, (w, at) in enumerate(zip(weights, packed.each, strict=True)):
+        if w.shape != (at.outs, at.ins):
+            raise ValueError(f"matrix {i} is {tuple(w.shape)}, not {(at.outs, at.ins)}")
         source = w.to(torch.bfloat16).contiguous()
         library.pack(source.data_ptr(), ctypes.byref(at))
-    return Packed(first, (data, scales, sums))
 
 
 def large_pages(n_bytes: int) -> Tensor:
