@@ -72,6 +72,13 @@ def serve(
     ranks: Annotated[
         int, typer.Option(help="Worker processes: experts are spread over them, attention is data-parallel.")
     ] = _ENGINE.ranks,
+    redundant_experts: Annotated[
+        int, typer.Option(help="Further copies of routed experts in each layer, over all ranks, for the busiest ones.")
+    ] = _ENGINE.redundant_experts,
+    rebalance: Annotated[
+        float,
+        typer.Option(help="Seconds between two looks at the experts' loads, to even them over the ranks; 0: never."),
+    ] = _ENGINE.rebalance,
     threads: Annotated[
         int, typer.Option(help="CPU threads of a rank; 0: all cores, shared by the ranks.")
     ] = _ENGINE.threads,
@@ -102,6 +109,8 @@ def serve(
             max_step_tokens=max_step_tokens,
             depth=depth,
             ranks=ranks,
+            redundant_experts=redundant_experts,
+            rebalance=rebalance,
             threads=threads,
             rank_deadline=rank_deadline,
             step_deadline=step_deadline,

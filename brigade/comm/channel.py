@@ -7,6 +7,7 @@ side dies.
 import asyncio
 import select
 import socket
+import threading
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
@@ -67,18 +68,20 @@ class Inbox(Generic[In]):
 
 
 class Channel(Generic[In]):
-    """The blocking end, for a process with a loop of its own."""
+    """The blocking end, for a process with a loop of its own. Any thread may send."""
 
     def __init__(self, sock: socket.socket, kind: Any) -> None:
         sock.setblocking(True)
         self._sock, self._inbox = sock, Inbox[In](kind)
+        self._sending = threading.Lock()
         self._readable = select.poll()  # select() cannot watch file numbers beyond 1023
         self._readable.register(sock, select.POLLIN)
 
     def send(self, *messages: Any) -> None:
         """Raises ChannelClosed if the other side is gone."""
         try:
-            self._sock.sendall(frame(messages))
+            with self._sending:  # a long message goes out in pieces
+                self._sock.sendall(frame(messages))
         except OSError as e:
             raise ChannelClosed(str(e)) from e
 

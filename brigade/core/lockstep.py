@@ -19,6 +19,8 @@ class Shape(NamedTuple):
     """Whether requests or steps of it are unfinished."""
     wake: int
     """Number of the last wake call it has heard."""
+    staged: int = 0
+    """Number of the portion of expert moves that it has read and waits with, below zero if it could not; 0: none."""
 
 
 class Agreed(NamedTuple):
@@ -28,10 +30,14 @@ class Agreed(NamedTuple):
     """Run a step, an empty one where there is nothing to do."""
     sleep: bool
     """Wait for the next wake call."""
+    portion: int = 0
+    """Before the step, this portion of experts changes places; below zero: it is dropped; 0: nothing of both."""
 
 
 def agree(shapes: Sequence[Shape]) -> Agreed:
     """From the shapes of all ranks, in rank order. A unit may have one rank."""
     run = any(s.n_tokens for s in shapes)
     calls = {s.wake for s in shapes}
-    return Agreed(run, not run and len(calls) == 1 and not any(s.busy for s in shapes))
+    staged = {abs(s.staged) for s in shapes}
+    portion = min(s.staged for s in shapes) if len(staged) == 1 else 0
+    return Agreed(run, not run and len(calls) == 1 and not any(s.busy for s in shapes), portion)

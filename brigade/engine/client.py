@@ -28,16 +28,20 @@ from brigade.engine.messages import (
     Add,
     FromWorker,
     Loading,
+    Loads,
     Ping,
     Pong,
     Ready,
     Refused,
+    Settled,
+    Staged,
     Stats,
     Step,
     Token,
     Wake,
 )
 from brigade.engine.output import BadRequest, EngineError, Health, LoadError, Observer, QueueFull, Timings, Unavailable
+from brigade.engine.rebalance import Rebalancer
 from brigade.engine.router import Router
 from brigade.engine.tokenizer import Tokenizer
 from brigade.engine.unit import Broken, Unit, UnitLost, Whole, pause
@@ -85,6 +89,10 @@ class Engine:
                 f"{self.spec.vocab}; the two do not belong together"
             )
         self.config = config
+        try:
+            self.experts = Rebalancer(config, self.spec)
+        except ValueError as e:
+            raise LoadError(str(e)) from e
         self.ready: Ready
         self._observer = observer or Unobserved()
         self._generations: dict[int, Generation] = {}
@@ -124,6 +132,7 @@ class Engine:
             await engine.close()
             raise
         engine._tasks = [asyncio.create_task(engine._keep_alive()), asyncio.create_task(engine._watch())]
+        engine._tasks.append(asyncio.create_task(engine._rebalance()))
         for task in engine._tasks:
             task.add_done_callback(engine._on_task_end)
         return engine
@@ -221,6 +230,18 @@ class Engine:
         for rank in range(self.config.ranks):
             unit.send(rank, add if rank == mine else Wake(add.wake))
 
+    def _wake_all(self) -> None:
+        """Have the ranks meet once, asleep or not."""
+        if self._unit is not None:
+            wake = Wake(next(self._wakes))
+            for rank in range(self.config.ranks):
+                self._unit.send(rank, wake)
+
+    async def _rebalance(self) -> None:
+        """Move experts while the engine lives; where none can move, wait for its end."""
+        await self.experts.run()
+        await asyncio.Event().wait()
+
     def _abort(self, rid: int) -> None:
         if self._unit is not None and (rank := self._router.rank_of(rid)) is not None:
             self._unit.send(rank, Abort(rid))
@@ -271,11 +292,12 @@ class Engine:
     async def _spawn(self, progress: Callable[[Loading], None]) -> None:
         """Start a unit and wait until it is ready. Raises LoadError."""
         ranks = self.config.ranks
-        self._unit, self.ready = await Unit.start(self.config, self.spec, progress)
+        self._unit, self.ready = await Unit.start(self.config, self.spec, progress, self.experts.where)
         pages = self.ready.n_pages // ranks
         self._router = Router(self.spec, ranks, self.config.max_running, self.ready.page, pages)
         self._stepped = time.monotonic()
         self._heard = [self._stepped] * ranks
+        self.experts.up(self._unit.send, self._wake_all)
         self._up.set()
 
     async def _keep_alive(self) -> None:
@@ -313,6 +335,7 @@ class Engine:
         except UnitLost as e:
             self._up.clear()
             self._wait_no_longer()
+            self.experts.lost()
             self._stats = [_IDLE] * self.config.ranks
             self._failure = f"the worker process was lost ({e}); it is being restarted"
             # Clients first: finding out why can take a moment.
@@ -325,6 +348,7 @@ class Engine:
     def _on_broken(self, rank: int, why: str) -> None:
         """A rank is lost: its requests end now, those of the others if the unit is not whole again in time."""
         self._up.clear()
+        self.experts.lost()
         self._failure = f"{why}; it is being replaced"
         lost = "the rank that ran this request was lost; it is being replaced, try again"
         for rid in self._router.lost(rank):
@@ -353,6 +377,8 @@ class Engine:
         self._wait_no_longer()
         self.ready = ready
         self._stepped, self._heard = now, [now] * self.config.ranks
+        if self._unit is not None:
+            self.experts.up(self._unit.send, self._wake_all)
         self._up.set()
 
     def _wait_no_longer(self) -> None:
@@ -376,6 +402,8 @@ class Engine:
             case Refused(rid, text):
                 if generation := self._generations.get(rid):
                     generation.fail(BadRequest(text))
+            case Staged() | Settled() | Loads():
+                self.experts.take(rank, message)
             case _:
                 pass  # a replacement tells how far it has loaded
 

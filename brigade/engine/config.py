@@ -41,6 +41,10 @@ class EngineConfig:
     """Steps in flight: 1 waits for each step; 2 plans the next one while a step runs."""
     ranks: int = 1
     """Worker processes of the unit: routed experts are spread over them, attention is data-parallel."""
+    redundant_experts: int = 0
+    """Further copies of routed experts in each layer, over all ranks: the busiest experts get them."""
+    rebalance: float = 60.0
+    """Seconds between two looks at the experts' loads, after which experts move to less busy ranks; 0: they stay."""
     threads: int = 0
     """CPU threads of each rank; 0: the cores this process may use, shared by the ranks."""
     rank_deadline: float = 5.0
@@ -59,12 +63,14 @@ class EngineConfig:
             ("max_step_tokens", 1, 1 << 20),
             ("depth", 1, 4),
             ("ranks", 1, 64),
+            ("redundant_experts", 0, 4096),
+            ("rebalance", 0, 86400),
             ("rank_deadline", 0.1, 3600),
             ("threads", 0, 1024),
             ("step_deadline", 0.1, 3600),
         ):
             value = getattr(self, name)
-            kinds = (int, float) if name.endswith("_deadline") else (int,)
+            kinds = (int, float) if name.endswith("_deadline") or name == "rebalance" else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ValueError(f"{name} must be a {'' if float in kinds else 'whole '}number, not {value!r}")
             if not low <= value <= high:
@@ -75,6 +81,8 @@ class EngineConfig:
             raise ValueError(f"weights must be auto, bf16, int8 or int4, not {self.weights!r}")
         if self.weights != "auto" and self.dtype not in ("auto", "bfloat16"):
             raise ValueError(f"weights {self.weights} are computed in bfloat16; leave dtype at auto, not {self.dtype}")
+        if self.redundant_experts and self.ranks == 1:
+            raise ValueError("redundant_experts are copies on other ranks, but ranks is 1; leave it at 0")
         if self.max_step_tokens < self.max_running:
             raise ValueError(
                 "max_step_tokens must be at least max_running, or some running requests would never advance"

@@ -32,11 +32,13 @@ from brigade.engine.messages import (
     Lost,
     Ping,
     Pong,
+    Portion,
     Ready,
     Refused,
     Start,
     Stats,
     Step,
+    TellLoads,
     Token,
     ToWorker,
     Wake,
@@ -112,12 +114,16 @@ class Loop:
     def step(self) -> None:
         """Plan, agree with the other ranks, run, and commit what is due. Raises PeerLost."""
         plan = self.scheduler.plan()
-        mine = Shape(plan.n_tokens, self.scheduler.busy or bool(self.pending), self.wake)
+        mover = self.worker.mover
+        staged = mover.staged if mover else 0
+        mine = Shape(plan.n_tokens, self.scheduler.busy or bool(self.pending), self.wake, staged)
         try:
-            agreed = agree([Shape(n, bool(busy), wake) for n, busy, wake in self.group.share(mine)])
+            agreed = agree([Shape(n, bool(busy), *rest) for n, busy, *rest in self.group.share(mine)])
         except PeerLost:
             self.scheduler.undo(plan)
             raise
+        if agreed.portion and mover:
+            self._do(mover.agreed(agreed.portion))
         if agreed.run:
             self.pending.append((plan, self._do(self._run, plan)))
         if self.pending and (len(self.pending) >= self.depth or not agreed.run):
@@ -138,6 +144,12 @@ class Loop:
                 self.channel.send(Pong(seq, self.stats()))
             case Form():
                 self.form(message)
+            case Portion():
+                if self.worker.mover is None:
+                    raise ValueError("a worker that has all experts was told to move some")
+                self.worker.mover.take(message, self.channel.send)
+            case TellLoads(seq):
+                self.channel.send(self.worker.loads(seq))
             case Start():
                 raise ValueError("a running worker was told to start")
 
@@ -147,6 +159,8 @@ class Loop:
         if self.membership is None:
             raise ValueError("a worker that runs alone was told to form a unit")
         self.roll_back()
+        if self.worker.mover:
+            self._do(self.worker.mover.hold, form.portion).result()
         self.wake, self.asleep = 0, False
         try:
             ready = self.membership.form(form)
@@ -276,8 +290,9 @@ def main(fd: int) -> int:
         start = _first(channel, Start)
         config = start.config
         try:
-            unit = UnitRank(start.rank, config.ranks, start.segment, config.rank_deadline)
-            worker = Worker.read(config, auto.this_machine().part(unit.size), _progress(channel), unit)
+            unit = UnitRank(start.rank, config.ranks, start.segment, config.rank_deadline, config.redundant_experts)
+            where = start.placement, start.portion
+            worker = Worker.read(config, auto.this_machine().part(unit.size), _progress(channel), unit, *where)
             channel.send(Loaded(unit.port))
             membership = Membership(config, unit, worker)
             ready = _join(channel, membership)

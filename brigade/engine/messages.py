@@ -2,6 +2,8 @@
 
 import msgspec
 
+from brigade.core.moves import Move
+from brigade.core.placement import Placement
 from brigade.engine.config import EngineConfig
 from brigade.spec.sampling import SamplingParams
 
@@ -13,6 +15,10 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     rank: int = 0
     segment: int = -1
     """File number of the memory that the ranks of a unit share; -1 for a unit of one."""
+    placement: Placement | None = None
+    """Which slot holds which routed expert now; None: as at the first start."""
+    portion: int = 0
+    """Number of the last portion of moves that this placement includes."""
 
 
 class Form(msgspec.Struct, frozen=True, tag=True):
@@ -25,6 +31,8 @@ class Form(msgspec.Struct, frozen=True, tag=True):
     """1 at first, one more each time. The generation before it was stopped."""
     addresses: list[str] = []
     """Where each rank listens for ranks of other hosts, "host:port" by rank; empty where all are on one host."""
+    portion: int = 0
+    """The last portion of moves that holds. A rank that made another takes it back; one that missed it makes it."""
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -56,7 +64,22 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     seq: int
 
 
-ToWorker = Start | Form | Add | Wake | Abort | Ping
+class Portion(msgspec.Struct, frozen=True, tag=True):
+    """Read the experts that are to come to this rank's slots, beside the running steps. The ranks agree between which
+    two steps all change places, or that none does."""
+
+    number: int
+    moves: tuple[Move, ...]
+    """Of all ranks. Layers are counted among those with routed experts."""
+
+
+class TellLoads(msgspec.Struct, frozen=True, tag=True):
+    """Say how often experts were asked for since the last time. Answered by Loads."""
+
+    seq: int
+
+
+ToWorker = Start | Form | Add | Wake | Abort | Ping | Portion | TellLoads
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -151,4 +174,29 @@ class Lost(msgspec.Struct, frozen=True, tag=True):
     """The one that it belonged to."""
 
 
-FromWorker = Loading | Loaded | Ready | Failed | Step | Refused | Pong | Lost
+class Staged(msgspec.Struct, frozen=True, tag=True):
+    """This rank has read its part of a portion, or could not."""
+
+    number: int
+    problem: str = ""
+    """What could not be read, and why."""
+
+
+class Settled(msgspec.Struct, frozen=True, tag=True):
+    """All ranks have agreed about a portion: it holds from now on, or is dropped."""
+
+    number: int
+    applied: bool
+
+
+class Loads(msgspec.Struct, frozen=True, tag=True):
+    """What this rank has seen since the last TellLoads."""
+
+    seq: int
+    tokens: list[list[int]]
+    """[layer with routed experts][logical expert] -> own tokens that were routed to it."""
+    received: list[int]
+    """[layer] -> rows of all ranks that were computed here; zeros where all experts are on one rank."""
+
+
+FromWorker = Loading | Loaded | Ready | Failed | Step | Refused | Pong | Lost | Staged | Settled | Loads

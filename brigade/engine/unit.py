@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from brigade.core.placement import Placement
 from brigade.engine.config import EngineConfig
 from brigade.engine.local_host import Ended, LocalHost, RankHost
 from brigade.engine.messages import (
@@ -23,10 +24,13 @@ from brigade.engine.messages import (
     FromWorker,
     Loaded,
     Loading,
+    Loads,
     Lost,
     Pong,
     Ready,
     Refused,
+    Settled,
+    Staged,
     Start,
     Step,
     ToWorker,
@@ -66,13 +70,16 @@ class Whole:
 
 
 Heard = tuple[int, FromWorker] | Broken | Whole
+Where = Callable[[], tuple[Placement | None, int]]
+"""Which slot holds which expert, and the last portion of moves that this includes. Once asked, it stays until the unit
+is whole."""
 
 
 class Unit:
     """Running ranks on one or several machines. Make it with `start`."""
 
-    def __init__(self, config: EngineConfig, hosts: list[RankHost]) -> None:
-        self.config, self.hosts = config, hosts
+    def __init__(self, config: EngineConfig, hosts: list[RankHost], where: Where = lambda: (None, 0)) -> None:
+        self.config, self.hosts, self._where = config, hosts, where
         self.generation = 0
         """The one last called for."""
         self.whole = False
@@ -97,14 +104,18 @@ class Unit:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, spec: ModelSpec, progress: Callable[[Loading], None]
+        cls,
+        config: EngineConfig,
+        spec: ModelSpec,
+        progress: Callable[[Loading], None],
+        where: Where = lambda: (None, 0),
     ) -> tuple["Unit", Ready]:
         """Start all ranks and wait until they are ready. Raises LoadError; then no process is left."""
         if spec.moe is not None and config.ranks > spec.moe.n_experts:
             raise LoadError(
                 f"ranks is {config.ranks}, but the model has only {spec.moe.n_experts} routed experts a layer"
             )
-        unit = cls(config, [LocalHost.create(config, spec, range(config.ranks))])
+        unit = cls(config, [LocalHost.create(config, spec, range(config.ranks))], where)
         try:
             return unit, await unit._first(progress)
         except UnitLost as e:
@@ -163,7 +174,8 @@ class Unit:
 
     async def _start(self, rank: int) -> None:
         """Start the process of a rank. Raises LoadError."""
-        await self._host[rank].start(Start(self.config, rank))
+        placement, portion = self._where()
+        await self._host[rank].start(Start(self.config, rank, placement=placement, portion=portion))
         self._expect(rank)
 
     async def _listen(self, host: RankHost) -> None:
@@ -192,7 +204,7 @@ class Unit:
                 self._given_up.setdefault(rank, text)
             case Lost():
                 self._on_lost(message)
-            case Step() | Pong() | Refused():
+            case Step() | Pong() | Refused() | Staged() | Settled() | Loads():
                 if isinstance(message, Step) and self.whole:
                     self._n_failed = dict.fromkeys(self._host, 0)
                 self._events.put_nowait((rank, message))
@@ -205,8 +217,9 @@ class Unit:
         self._ready = {}
         several = len(self.hosts) > 1
         addresses = [f"{self._host[r].address}:{port}" for r, port in sorted(self._loaded.items())] if several else []
+        _, portion = self._where()
         for rank in self._host:
-            self.send(rank, Form(self.generation, addresses))
+            self.send(rank, Form(self.generation, addresses, portion))
             self._expect(rank)
 
     def _on_ready(self, rank: int, ready: Ready) -> None:

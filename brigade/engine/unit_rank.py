@@ -17,21 +17,18 @@ LOAD_DEADLINE = 600.0
 class UnitRank:
     """Rank `rank` of `size`. Made before the weights are read; `meet` when they are, and after each loss."""
 
-    def __init__(self, rank: int, size: int, segment: int, deadline: float) -> None:
-        """`segment`: file number of the shared memory, -1 for a unit of one. Raises ValueError."""
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, segment: int, deadline: float, redundant: int = 0) -> None:
+        """`segment`: file number of the shared memory, -1 for a unit of one. `redundant`: slots of a layer beyond its
+        experts. Raises ValueError."""
+        self.rank, self.size, self._redundant = rank, size, redundant
         self._shared = SharedGroup(Segment.attach(segment), rank, deadline=deadline) if size > 1 else None
         self.generation = 0
         self.group: Group = self._shared or Alone()
 
     def bounds(self, spec: ModelSpec) -> tuple[int, ...]:
-        """Which experts which rank holds: rank r those from bounds[r] up to bounds[r + 1]."""
-        return (0, *(held.stop for held in cut(spec.moe.n_experts if spec.moe else 0, self.size)))
-
-    def experts(self, spec: ModelSpec) -> range:
-        """The routed experts of each layer that this rank holds."""
-        at = self.bounds(spec)
-        return range(at[self.rank], at[self.rank + 1])
+        """Which slots of a layer which rank has: rank r those from bounds[r] up to bounds[r + 1]. They never change."""
+        n_slots = spec.moe.n_experts + self._redundant if spec.moe else 0
+        return (0, *(held.stop for held in cut(n_slots, self.size)))
 
     @property
     def port(self) -> int:

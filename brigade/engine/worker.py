@@ -7,10 +7,14 @@ from pathlib import Path
 
 import torch
 
+from brigade.core.placement import Placement
 from brigade.core.scheduler import Slice, StepPlan
 from brigade.engine import auto
 from brigade.engine.config import EngineConfig
 from brigade.engine.machine import read_cpu
+from brigade.engine.messages import Loads
+from brigade.engine.moving import Mover
+from brigade.engine.placing import first_placement
 from brigade.engine.unit_rank import UnitRank
 from brigade.kernels.cpu.build import Buildable, Built, find_library, look_up
 from brigade.kernels.cpu.layers import Kernels, unsupported
@@ -19,7 +23,9 @@ from brigade.model.cache import KvCache
 from brigade.model.deepseek import DeepSeek
 from brigade.model.dense import Dense
 from brigade.model.on_cpu_kernels import CpuModel
+from brigade.model.reread import ExpertFiles
 from brigade.model.sampling import BROKEN, Choice, History, choose
+from brigade.model.spread import Spread
 from brigade.model.weights import Checkpoint
 from brigade.spec.config import read_spec
 from brigade.spec.model import ModelSpec
@@ -47,6 +53,8 @@ class Worker:
     """Of activations and cache."""
     notes: list[str] = field(default_factory=list)
     """What "auto" settings became while loading, and why."""
+    mover: Mover | None = None
+    """What exchanges experts while this rank serves; None where all of them are here."""
 
     @classmethod
     def load(
@@ -59,15 +67,23 @@ class Worker:
 
     @classmethod
     def read(
-        cls, config: EngineConfig, machine: auto.Machine, progress: Callable[[int, int], None], unit: UnitRank
+        cls,
+        config: EngineConfig,
+        machine: auto.Machine,
+        progress: Callable[[int, int], None],
+        unit: UnitRank,
+        placement: Placement | None = None,
+        portion: int = 0,
     ) -> "Worker":
         """Read what this rank holds of the checkpoint. `machine`: this rank's part of it. Raises as `load` does.
 
+        `placement`: of the experts, if not as at the first start; `portion`: the last one of moves that it includes.
         Before it runs anything it needs a cache and, in a unit of several ranks, the others.
         """
         folder = Path(config.model)
         spec = read_spec(folder)
-        checkpoint = Checkpoint(folder, spec, unit.experts(spec) if unit.size > 1 else None)
+        placement = (placement or first_placement(config, spec)) if unit.size > 1 else None
+        checkpoint = Checkpoint(folder, spec, _experts(placement, unit.rank) if placement else None)
         library, why_not = _kernels(config, spec)
         computing = auto.computing(config, spec, machine, library, why_not)
         threads, threads_note = auto.threads(config, spec, machine, computing)
@@ -75,7 +91,12 @@ class Worker:
         progress(0, total)
         dtype = getattr(torch, computing.dtype)
         model = _read(checkpoint, spec, dtype, computing, threads, lambda done: progress(done, total))
-        return cls(spec, model, config.page, {}, computing.dtype, [computing.note, threads_note])
+        mover = None
+        if placement and not isinstance(model, Dense):
+            model.spread = Spread(spec, unit.rank, placement)
+            files = ExpertFiles(checkpoint, dtype)
+            mover = Mover(model, model.spread, files, unit.rank, placement, portion, spec.n_dense)
+        return cls(spec, model, config.page, {}, computing.dtype, [computing.note, threads_note], mover)
 
     def make_cache(self, config: EngineConfig, machine: auto.Machine) -> auto.Resolved:
         """Make the cache from what the weights leave free. Raises ValueError, MemoryError."""
@@ -90,9 +111,9 @@ class Worker:
         exchange = unit.exchange(self.spec, getattr(torch, self.dtype))
         if exchange is None:
             return
-        if isinstance(self.model, Dense):
+        if isinstance(self.model, Dense) or self.model.spread is None:
             raise TypeError("a dense model has no experts to spread")
-        self.model.exchange = exchange
+        self.model.spread.exchange = exchange
 
     def add(self, rid: int, prompt: list[int], params: SamplingParams) -> None:
         self.histories[rid] = History(params, prompt)
@@ -110,6 +131,12 @@ class Worker:
         if choice.token == BROKEN:
             raise ValueError("the model computes numbers that are not finite; try --dtype float32 or bfloat16")
 
+    def loads(self, seq: int) -> Loads:
+        """How often this rank's tokens asked for which expert since the last time. From any one thread."""
+        if isinstance(self.model, Dense) or self.model.spread is None:
+            raise TypeError("a dense model has no experts")
+        return Loads(seq, *self.model.spread.news())
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[int, Choice]:
         """Run one step and sample. The last token of a request may be needed by the very next step."""
@@ -120,6 +147,12 @@ class Worker:
         for history, choice in zip(rows, choices, strict=True):
             history.append(max(choice.token, 0))  # a broken row still has a position in the steps already planned
         return dict(zip(batch.rids, choices, strict=True))
+
+
+def _experts(placement: Placement, rank: int) -> list[tuple[int, ...]]:
+    """For each layer with routed experts, those that this rank's slots hold."""
+    mine = placement.slots_of_rank[rank]
+    return [slots[mine.start : mine.stop] for slots in placement.phy2log]
 
 
 def stop_ids(spec: ModelSpec, params: SamplingParams) -> frozenset[int]:

@@ -5,16 +5,17 @@ rotary key a token, never the heads. Shape letters as in kernels/reference.py.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brigade.comm.exchange import ExpertExchange
 from brigade.kernels import reference as ops
 from brigade.model import rotary
 from brigade.model.batch import Batch
 from brigade.model.cache import KvCache
+from brigade.model.spread import Spread
 from brigade.spec.model import Mla, ModelSpec
 
 LATENT_NORM_EPS = 1e-6
@@ -52,6 +53,14 @@ class Attention:
         )
 
 
+class Place(NamedTuple):
+    """Memory that holds one expert."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+
+
 class DeepSeek:
     """The model on one rank. `forward` may be called with a batch of no tokens."""
 
@@ -64,8 +73,12 @@ class DeepSeek:
         self.spec, self.a, self.w = spec, spec.attention, weights
         self.attn = [Attention.of(weights, f"model.layers.{i}.self_attn", self.a) for i in range(spec.n_layers)]
         self.scale = rotary.score_scale(spec.rope, self.a.qk)
-        self.exchange: ExpertExchange | None = None
-        """How rows reach experts of other ranks, where the weights hold only some of them."""
+        self.spread = Spread(spec) if spec.moe else None
+        """How rows reach experts, of other ranks too where the weights hold only some of them."""
+        names = [f"model.layers.{i}.mlp.experts.*" for i in range(spec.n_dense, spec.n_layers) if spec.moe]
+        self._experts = [
+            tuple(list(weights[f"{at}.{part}_proj.weight"]) for part in ("gate", "up", "down")) for at in names
+        ]
 
     def attach(self, cache: KvCache, context: int) -> None:
         """Give it its cache, once it is known how much memory the weights left."""
@@ -80,7 +93,7 @@ class DeepSeek:
             at = f"model.layers.{i}"
             x_TD = x_TD + self.attention(i, self.norm(x_TD, f"{at}.input_layernorm"), batch, cos_TR, sin_TR)
             h_TD = self.norm(x_TD, f"{at}.post_attention_layernorm")
-            x_TD = x_TD + (self.moe(h_TD, f"{at}.mlp") if self.spec.is_moe(i) else self.mlp(h_TD, f"{at}.mlp"))
+            x_TD = x_TD + (self.moe(i, h_TD, f"{at}.mlp") if self.spec.is_moe(i) else self.mlp(h_TD, f"{at}.mlp"))
         x_RD = self.norm(x_TD[batch.sample_R], "model.norm")
         head = "model.embed_tokens.weight" if self.spec.tied_head else "lm_head.weight"
         return F.linear(x_RD, self.w[head]).float()
@@ -107,26 +120,44 @@ class DeepSeek:
         o_THV = (o_THC.transpose(0, 1) @ w.value_HCV).transpose(0, 1)
         return F.linear(o_THV.flatten(1), w.out)
 
-    def moe(self, x_TD: Tensor, at: str) -> Tensor:
-        w, moe = self.w, self.spec.moe
-        if moe is None:
+    def moe(self, layer: int, x_TD: Tensor, at: str) -> Tensor:
+        w, moe, spread = self.w, self.spec.moe, self.spread
+        if moe is None or spread is None:
             raise TypeError(f"{at} is not a mixture of experts")
         ids_TK, w_TK = ops.route(x_TD, w[f"{at}.gate.weight"], w[f"{at}.gate.e_score_correction_bias"], moe)
-        gate, up, down = (w[f"{at}.experts.*.{name}_proj.weight"] for name in ("gate", "up", "down"))
-        if self.exchange is None:
+        gate, up, down = self._experts[layer - self.spec.n_dense]
+        if spread.exchange is None:
+            spread.count(layer, ids_TK)
             y_TD = ops.experts(x_TD, ids_TK, w_TK, gate, up, down)
         else:
-            self.exchange.start_dispatch(0, x_TD, ids_TK.int())
-            rows_ND, mine_N = self.exchange.finish_dispatch(0)
-            one_N1 = torch.ones(len(mine_N), 1)
-            y_ND = ops.experts(rows_ND, mine_N[:, None].long(), one_N1, gate, up, down)
-            self.exchange.start_combine(0, y_ND.float())
-            y_TD = torch.einsum("tkd,tk->td", self.exchange.finish_combine(0), w_TK).to(x_TD.dtype)
+
+            def compute(rows_ND: Tensor, slot_N: Tensor) -> Tensor:
+                one_N1 = torch.ones(len(slot_N), 1)
+                return ops.experts(rows_ND, slot_N[:, None].long(), one_N1, gate, up, down).float()
+
+            y_TKD = spread.run(layer, x_TD, ids_TK, compute)
+            y_TD = torch.einsum("tkd,tk->td", y_TKD, w_TK).to(x_TD.dtype)
         return y_TD + self.mlp(x_TD, f"{at}.shared_experts") if moe.n_shared else y_TD
 
     def mlp(self, x_TD: Tensor, at: str) -> Tensor:
         gate, up, down = (self.w[f"{at}.{name}_proj.weight"] for name in ("gate", "up", "down"))
         return ops.swiglu(x_TD, gate, up, down)
+
+    def stage(self, layer: int, expert: tuple[Tensor, Tensor, Tensor], spare: Place | None) -> Place:
+        """An expert of a layer in a place of its own, a `spare` one if there is one. From any thread."""
+        if spare is None:
+            return Place(*expert)
+        for to, part in zip(spare, expert, strict=True):
+            to.copy_(part)
+        return spare
+
+    def swap(self, layer: int, slot: int, place: Place) -> Place:
+        """From now on this slot holds the expert in `place`; returns where the old one is. Between two steps."""
+        lists = self._experts[layer - self.spec.n_dense]
+        old = Place(*(part[slot] for part in lists))
+        for part, new in zip(lists, place, strict=True):
+            part[slot] = new
+        return old
 
     def norm(self, x: Tensor, at: str) -> Tensor:
         return ops.rms_norm(x, self.w[f"{at}.weight"], self.spec.norm_eps)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brigade.comm.exchange import ExpertExchange
 from brigade.kernels.cpu import structs
 from brigade.kernels.cpu.layers import (
     FeedForward,
@@ -18,6 +17,7 @@ from brigade.kernels.cpu.layers import (
     Head,
     Kernels,
     MlaLayer,
+    Place,
     Read,
     has_expanded_form,
     padded,
@@ -26,6 +26,7 @@ from brigade.kernels.cpu.packed import Kind
 from brigade.model import rotary
 from brigade.model.batch import Batch
 from brigade.model.cache import KvCache
+from brigade.model.spread import Spread
 from brigade.spec.model import Mla, ModelSpec
 
 
@@ -48,8 +49,8 @@ class CpuModel:
         self.head = Head(kernels, spec, read, head, kind)
         self.two_forms = has_expanded_form(a)
         """Whether a prompt's rows are computed in another way than an answer's, so that they differ by a rounding."""
-        self.exchange: ExpertExchange | None = None
-        """How rows reach experts of other ranks, where `read` gives only some of them."""
+        self.spread = Spread(spec) if spec.moe else None
+        """How rows reach experts, of other ranks too where `read` gives only some of them."""
         self.cache: KvCache
         self.cos: Tensor
         self.sin: Tensor
@@ -67,21 +68,33 @@ class CpuModel:
         step, _held = self._step(batch)
         for i, (attention, feed_forward) in enumerate(self.layers):
             attention(x_TD, step, self.cache.layers[i])
-            if self.exchange is None or not self.spec.is_moe(i):
+            if self.spread is None or not self.spec.is_moe(i):
                 feed_forward(x_TD)
+            elif self.spread.exchange is None:
+                self.spread.count(i, feed_forward(x_TD).ids_TK[:, : feed_forward.top_k])
             else:
-                self._spread(feed_forward, x_TD, self.exchange)
+                self._spread(i, feed_forward, x_TD, self.spread)
         return self.head(x_TD[batch.sample_R])
 
-    def _spread(self, layer: FeedForward, x_TD: Tensor, exchange: ExpertExchange) -> None:
-        """A layer whose routed experts lie on several ranks: the same sums in the same order as on one."""
+    def stage(self, layer: int, expert: tuple[Tensor, Tensor, Tensor], spare: Place | None) -> Place:
+        """An expert of a layer in a place of its own, a `spare` one if there is one. From any thread."""
+        return self.layers[layer][1].stage(*expert, spare)
+
+    def swap(self, layer: int, slot: int, place: Place) -> Place:
+        """From now on this slot holds the expert in `place`; returns where the old one is. Between two steps."""
+        return self.layers[layer][1].swap(slot, place)
+
+    def _spread(self, i: int, layer: FeedForward, x_TD: Tensor, spread: Spread) -> None:
+        """Layer i, whose routed experts lie on several ranks: the same sums in the same order as on one."""
         dim = self.spec.dim
         routed = layer.route(x_TD)
-        exchange.start_dispatch(0, routed.x_TD[:, :dim], routed.ids_TK[:, : layer.top_k].contiguous())
-        rows_ND, mine_N = exchange.finish_dispatch(0)
-        rows_ND = F.pad(rows_ND, (0, padded(dim) - dim)) if dim % padded(1) else rows_ND
-        exchange.start_combine(0, layer.routed_experts(rows_ND, mine_N)[:, :dim])
-        layer.add_routed(exchange.finish_combine(0), routed, x_TD)
+
+        def compute(rows_ND: Tensor, slot_N: Tensor) -> Tensor:
+            rows_ND = F.pad(rows_ND, (0, padded(dim) - dim)) if dim % padded(1) else rows_ND
+            return layer.routed_experts(rows_ND, slot_N)[:, :dim]
+
+        y_TKD = spread.run(i, routed.x_TD[:, :dim], routed.ids_TK[:, : layer.top_k], compute)
+        layer.add_routed(y_TKD, routed, x_TD)
         layer.add_shared(routed, x_TD)
 
     def _step(self, batch: Batch) -> tuple[structs.Step, object]:

@@ -4,7 +4,7 @@ Only what a rank holds is read. FP8 block-scaled weights are dequantised on the 
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ class Checkpoint:
     Raises BadCheckpoint for a missing, truncated or foreign file, and for a missing, unknown or misshapen tensor.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec, experts: range | None = None) -> None:
-        """`experts`: the routed experts of each layer that are to be read; None: all. All are checked."""
+    def __init__(self, folder: Path, spec: ModelSpec, experts: Sequence[Sequence[int]] | None = None) -> None:
+        """`experts`: for each layer with routed experts, those that are to be read, in this order and as often as they
+        stand there; None: all. All are checked."""
         self.spec, self.experts = spec, experts
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
@@ -47,6 +48,10 @@ class Checkpoint:
         self.folder = folder
         self.params = list(params(spec))
         self._check()
+
+    def files(self) -> list[Path]:
+        """The tensor files."""
+        return list(self._open)
 
     def n_bytes(self) -> int:
         """Bytes that load() will read."""
@@ -81,7 +86,10 @@ class Checkpoint:
     def _mine(self, p: Param) -> list[str]:
         """Checkpoint tensors of a parameter that are read."""
         names = [name for name, _ in p.tensors()]
-        return names if self.experts is None or not p.per_expert else [names[e] for e in self.experts]
+        if self.experts is None or not p.per_expert:
+            return names
+        layer = int(p.name.split(".")[2]) - self.spec.n_dense
+        return [names[e] for e in self.experts[layer]]
 
     def _copy(self, name: str, out: Tensor) -> None:
         file = self._open[self._file_of[name]]

@@ -25,6 +25,23 @@ def test_what_is_agreed(shapes: list[Shape], agreed: Agreed) -> None:
     assert agree(shapes) == agreed
 
 
+@pytest.mark.parametrize(
+    ("staged", "portion"),
+    [((0, 0), 0), ((3, 0), 0), ((3, 3), 3), ((3, -3), -3), ((-3, 0), 0), ((3, 2), 0)],
+    ids=[
+        "nothing moves",
+        "one still reads",
+        "all have read",
+        "one could not",
+        "one could not, one reads",
+        "an old one",
+    ],
+)
+def test_experts_move_when_all_ranks_have_read_them_or_none_does(staged: tuple[int, ...], portion: int) -> None:
+    agreed = agree([IDLE._replace(staged=s) for s in staged])
+    assert (agreed.portion, agreed.run, agreed.sleep) == (portion, False, True)
+
+
 def test_no_order_of_arriving_wake_calls_leaves_a_rank_asleep_while_another_waits_for_it() -> None:
     """Each rank hears each call in its own time. Ranks that are awake meet; all are awake until all have heard all."""
     rng = random.Random(4)

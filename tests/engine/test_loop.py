@@ -23,6 +23,7 @@ class FakeWorker:
     def __init__(self, script: dict[tuple[int, int], int]) -> None:
         self.spec = SimpleNamespace(eos_ids=(EOS,))
         self.script = script
+        self.mover = None
         self.n_new: dict[int, int] = {}
         self.ran: list[StepPlan] = []
 

@@ -377,3 +377,12 @@ def test_what_was_loaded_does_not_change_with_the_file(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("r+b") as f:
         f.write(bytes(len(data)))
     assert same(got, before)
+
+
+def test_only_the_experts_of_own_slots_are_read_in_their_order_and_as_often(tmp_path: Path) -> None:
+    spec = spec_from(MOE)
+    content = tensors(spec)
+    whole, part = Checkpoint(single(tmp_path, content), spec), Checkpoint(tmp_path, spec, [[3, 0, 3]])
+    name = "model.layers.1.mlp.experts.*.up_proj.weight"
+    assert torch.equal(part.load(torch.float32)[name], whole.load(torch.float32)[name][[3, 0, 3]])
+    assert whole.n_bytes() - part.n_bytes() == 3 * 4 * 24 * 20
