@@ -1,4 +1,4 @@
-"""The command line: `brigade serve`, `chat`, `bench`, `doctor`. Reads options and shows results; decides nothing else.
+"""The command line: `brigade serve`, `chat`, `bench`, `experts`, `doctor`. Reads options and shows results, no more.
 
 Modules here import only typer and the standard library at the top, so that --help and --version answer at once.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from brigade.cli import bench, chat, doctor, serve
+from brigade.cli import bench, chat, doctor, experts, serve
 from brigade.cli.fault import Fault, one_line
 
 
@@ -37,6 +37,7 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(chat.chat)
 app.command()(bench.bench)
+app.command()(experts.experts)
 app.command()(doctor.doctor)
 
 

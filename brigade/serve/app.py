@@ -53,6 +53,7 @@ def make_app(engine: "Engine", config: ServeConfig, metrics: Metrics, life: Life
         ("/health", "GET", routes.health),
         ("/ready", "GET", routes.ready),
         ("/metrics", "GET", routes.metrics),
+        ("/debug/experts", "GET", routes.experts),
     ):
         app.add_api_route(path, handler, methods=[method], response_model=None)
     errors.install(app)

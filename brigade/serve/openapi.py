@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from pydantic.json_schema import models_json_schema
 
+from brigade.engine.loads import ExpertLoads
 from brigade.serve.config import ServeConfig
 from brigade.serve.replies import ChatChunk, ChatCompletion, Completion, ErrorReply, Model, ModelList, Status
 from brigade.serve.schema import ChatRequest, CompletionRequest
@@ -18,7 +19,7 @@ _SAID = {
     400: "The request cannot be served: a wrong value, an unsupported field, a prompt longer than the context.",
     401: "Missing or wrong API key.",
     403: "The Host header does not name this machine.",
-    404: "No such model.",
+    404: "No such model, or a model without routed experts.",
     408: "The body took too long to arrive.",
     413: "The body is too large.",
     415: "The body is not application/json.",
@@ -49,6 +50,9 @@ def document(config: ServeConfig) -> dict[str, Any]:
         "/ready": {"get": _operation(config, "Whether requests are answered now", _json("Status"), (503,))},
         "/metrics": {
             "get": _operation(config, "Prometheus metrics", {"text/plain": {"schema": {"type": "string"}}}),
+        },
+        "/debug/experts": {
+            "get": _operation(config, "How busy routed experts are, and where", _json("ExpertLoads"), (404, 503)),
         },
     }
     components: dict[str, Any] = {"schemas": _schemas(config)}
@@ -98,7 +102,7 @@ def _schemas(config: ServeConfig) -> dict[str, Any]:
     _, asked = models_json_schema(
         [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF + "{model}"
     )
-    replies = (ChatCompletion, ChatChunk, Completion, ErrorReply, Model, ModelList, Status)
+    replies = (ChatCompletion, ChatChunk, Completion, ErrorReply, ExpertLoads, Model, ModelList, Status)
     _, given = msgspec.json.schema_components(replies, ref_template=_REF + "{name}")
     schemas: dict[str, Any] = {**asked["$defs"], **given}
     for name in ("ChatRequest", "CompletionRequest"):

@@ -96,6 +96,12 @@ class Routes:
         """GET /metrics"""
         return Response(self._metrics.scrape(), headers={"Content-Type": CONTENT_TYPE})
 
+    async def experts(self) -> Response:
+        """GET /debug/experts: how busy the routed experts are, and where they are."""
+        if (report := await self._engine.experts.report()) is None:
+            raise ApiError(404, "this model has no routed experts", code="no_experts")
+        return _json(report)
+
     async def _read(self, kind: type[R], request: Request) -> R:
         try:
             body = await self._bodies.read(request)

@@ -33,23 +33,23 @@ def test_python_dash_m_brigade_is_the_command() -> None:
 def test_help_lists_the_commands() -> None:
     code, out, _ = invoke("--help")
     assert code == 0
-    assert all(command in out for command in ("serve", "chat", "bench", "doctor"))
+    assert all(command in out for command in ("serve", "chat", "bench", "experts", "doctor"))
 
 
 def test_showing_help_imports_nothing_heavy() -> None:
-    heavy = ("torch", "httpx", "fastapi", "uvicorn", "psutil", "rich")
+    heavy = ("torch", "numpy", "httpx", "fastapi", "uvicorn", "psutil", "rich", "PIL")
     code = f"import sys, brigade.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "chat", "bench", "experts", "doctor"])
 def test_every_command_has_help_and_refuses_unknown_options(command: str) -> None:
     assert invoke(command, "--help")[0] == 0
     assert invoke(command, "--no-such-option")[0] == 2
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "bench"])
+@pytest.mark.parametrize("command", ["serve", "chat", "bench", "experts"])
 def test_help_says_that_command_lines_are_no_place_for_a_key(command: str) -> None:
     out = " ".join(invoke(command, "--help")[1].replace("│", " ").split())
     assert "other users can see command lines" in out
@@ -66,6 +66,8 @@ def test_help_says_that_command_lines_are_no_place_for_a_key(command: str) -> No
         (("--max-running", "0"), "max_running must be between 1 and 4096, not 0"),
         (("--max-step-tokens", "8"), "max_step_tokens must be at least max_running"),
         (("--depth", "9"), "depth must be between 1 and 4"),
+        (("--redundant-experts", "2"), "redundant_experts are copies on other ranks, but ranks is 1"),
+        (("--rebalance", "nan"), "rebalance must be between"),
         (("--step-deadline", "nan"), "step_deadline must be between"),
         (("--port", "70000"), "port must be between 0 and 65535, not 70000"),
         (("--drain-seconds", "-1"), "drain_seconds must be between"),

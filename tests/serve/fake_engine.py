@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from brigade.engine.config import DEMO_MODEL
+from brigade.engine.loads import ExpertLoads, LayerLoads, Moved
 from brigade.engine.messages import Ready, Stats
 from brigade.engine.output import BadRequest, Delta, EngineError, Health, TokenLogprob, Unavailable
 from brigade.engine.tokenizer import Detokenizer, Tokenizer
@@ -64,6 +65,31 @@ class FakeGeneration:
             self.engine.end(self)
 
 
+class FakeExperts:
+    """The interface of brigade.engine.rebalance.Rebalancer, as far as routes use it: two layers of six on two ranks."""
+
+    def __init__(self) -> None:
+        self.answer: ExpertLoads | EngineError | None = some_loads()
+
+    async def report(self) -> ExpertLoads | None:
+        if isinstance(self.answer, EngineError):
+            raise self.answer
+        return self.answer
+
+
+def some_loads() -> ExpertLoads:
+    layers = [
+        LayerLoads(
+            1, [8, 0, 0, 0, 0, 0], [4.0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5, 0], [2, 2], [4, 0], 1.0, 2.0, [9, 9]
+        ),
+        LayerLoads(
+            2, [1, 1, 1, 2, 1, 2], [1.0, 1, 1, 2, 1, 2], [0, 1, 2, 3, 4, 5, 5], [5, 3], [3, 5], 1.25, 1.25, [8, 8]
+        ),
+    ]
+    moved = Moved(experts=3, portions=1, dropped=0, last="2026-11-25T08:00:00+00:00")
+    return ExpertLoads(2, 6, 1, 60.0, [0, 0, 0, 1, 1, 1, 1], 1.17, 1.5, 1.0, moved, layers)
+
+
 class FakeEngine:
     """The interface of brigade.engine.client.Engine."""
 
@@ -89,6 +115,7 @@ class FakeEngine:
         self.tokenizer = TOKENIZER
         self.config = SimpleNamespace(model=model, max_running=64, max_waiting=256)
         self.failed = False
+        self.experts = FakeExperts()
         self.spec = SimpleNamespace(vocab=TOKENIZER.vocab)
         self.ready = Ready(n_pages=40, page=16, max_context=max_context, notes=[])
         self.generation: dict[str, Any] = {}
