@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from bench import limits, make_checkpoint, peers, ranks, session
+from bench import limits, make_checkpoint, peers, ranks, rebalance, session
 from bench.child import Child, ChildFailed, JobRefused
 from bench.engines.wire import Options, decoded
 from bench.limits import Limits
@@ -272,3 +272,14 @@ def test_ranks_of_a_tiny_model_say_the_same_in_every_layout(
     out = capsys.readouterr().out
     assert "2 x 1" in out
     assert "waking 2 idle ranks" in out
+
+
+def test_experts_of_a_tiny_model_move_and_say_the_same(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--redundant", "2", "--concurrency", "3", "--tokens", "20", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench.rebalance", str(tiny), *arguments])
+    assert rebalance.main() == 0
+    out = capsys.readouterr().out
+    assert "| experts move |" in out
+    assert "  1 tokens: counting" in out
