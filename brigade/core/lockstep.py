@@ -4,6 +4,9 @@ Experts are spread over the ranks, so a step of one is a step of all: a rank wit
 collective. When no rank has anything left, all of them sleep; a request then wakes all, not only the rank that runs it.
 Wake calls carry a growing number. A rank sleeps only when all have heard the same last call: otherwise one of them
 would sleep through a call that another one has already answered.
+
+Experts may move between two steps: each rank reads in its own time what is to come to it, and all swap together once
+all have read it. If one could not, all drop it.
 """
 
 from collections.abc import Sequence

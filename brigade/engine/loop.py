@@ -98,6 +98,8 @@ class Loop:
         finally:
             if self._behind:
                 self._behind.shutdown()
+            if self.worker.mover:
+                self.worker.mover.close()
 
     def turn(self) -> None:
         """Once round: waits for messages only when no rank has anything to run or to wait for, or one is lost."""

@@ -86,6 +86,7 @@ class Mover:
         self._change: _Change | None = None
         self._spare: list[Any] = []
         self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
 
     def take(self, portion: Portion, tell: Tell) -> None:
         """Begin to stage a portion; `tell` is called, from any thread, when that is done and when it is settled."""
@@ -128,6 +129,13 @@ class Mover:
             raise ValueError(f"this rank's experts are those after portion {self.number} of moves, not {number}")
         self._swap(change)
 
+    def close(self, deadline: float = 3.0) -> None:
+        """End the staging thread, which must not be inside torch when the process ends."""
+        self._change = None
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(deadline)
+
     def _swap(self, change: _Change) -> None:
         for (layer, slot), place in change.places.items():
             change.places[layer, slot] = self._model.swap(self._first + layer, slot, place)
@@ -166,4 +174,4 @@ class Mover:
             weights = self._files.read(self._first + layer, expert)
             spare = self._spare.pop() if self._spare else None
             change.places[layer, slot - self._slots.start] = self._model.stage(self._first + layer, weights, spare)
-            time.sleep((time.thread_time() - begin) * (1 / SHARE - 1))
+            self._closed.wait((time.thread_time() - begin) * (1 / SHARE - 1))

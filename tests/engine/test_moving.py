@@ -1,6 +1,7 @@
 """One rank's experts move: staged beside the steps, swapped or dropped when all agree, taken back when it must be."""
 
 import queue
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,13 @@ class TestAfterALoss:
     def test_one_that_cannot_get_there_says_so(self) -> None:
         with pytest.raises(ValueError, match="after portion 0 of moves, not 3"):
             Rank().mover.hold(3)
+
+
+def test_a_loop_that_ends_leaves_no_thread_behind() -> None:
+    rank = Rank()
+    rank.mover.take(Portion(1, EXCHANGE * 20), rank.told.put)
+    rank.mover.close()
+    assert "staging" not in {t.name for t in threading.enumerate() if t.is_alive()}
 
 
 def test_an_agreement_about_something_else_is_a_bug_that_shows() -> None:

@@ -195,8 +195,9 @@ class FeedForward:
         """An expert in a place of its own, a `spare` one if there is one. From any thread, beside a running step."""
         gate_up = torch.cat([gate_FD, up_FD])
         if spare is None:
-            library = self._kernels.library
-            return Place(pack(library, [gate_up], self._kind, paired=True), pack(library, [down_DF], self._kind))
+            library, kind = self._kernels.library, self._kind
+            packed = pack(library, [gate_up], kind, paired=True, alone=True)
+            return Place(packed, pack(library, [down_DF], kind, alone=True))
         repack(self._kernels.library, [gate_up], spare.gate_up)
         repack(self._kernels.library, [down_DF], spare.down)
         return spare

@@ -42,16 +42,20 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in self.memory)
 
 
-def pack(library: ctypes.CDLL, weights: Sequence[Tensor], kind: Kind, paired: bool = False) -> Packed:
+def pack(
+    library: ctypes.CDLL, weights: Sequence[Tensor], kind: Kind, paired: bool = False, *, alone: bool = False
+) -> Packed:
     """Pack matrices [outs, ins] for the tiles. `paired`: the first half of the rows is the gate, the second is up.
 
-    int4 is for experts: no linear layer multiplies it.
+    int4 is for experts: no linear layer multiplies it. `alone`: these are one of many small pieces of memory, which
+    must not take a large page each.
     """
     outs, ins = weights[0].shape
     n_groups = (_ceil(outs // 2, GROUP // 2) if paired else _ceil(outs, GROUP)) if outs else 0
     n_bytes = n_groups * _group_bytes(ins, kind)
     n = len(weights)
-    data = large_pages(n * n_bytes)
+    small = alone and n * n_bytes < LARGE_PAGE
+    data = torch.empty(n * n_bytes, dtype=torch.uint8) if small else large_pages(n * n_bytes)
     n_scales = n * n_groups * GROUP if kind == "int8" else 0
     scales, sums = torch.empty(n_scales), torch.empty(n_scales, dtype=torch.int32)
     each = (Matrix * n)(
