@@ -5,7 +5,7 @@
 
 The same prompts, whose beginnings are cached, are answered in turn without and with moves under way all the time, each
 move to the placement for other random loads. Greedy tokens must be the same. A pause is the time between two tokens of
-a request, as its caller sees it.
+a request, as its caller sees it; that before the second token is left out, since other prompts may be computed then.
 """
 
 import argparse
@@ -88,7 +88,7 @@ async def answer(engine: Engine, prompts: list[list[int]], n: int, rng: random.R
         tokens, last = [], 0.0
         async for delta in await engine.submit(prompt, params):
             now = time.perf_counter()
-            if last:
+            if len(tokens) > 1:
                 seen.pauses.append(now - last)
             last = now
             tokens += delta.tokens
