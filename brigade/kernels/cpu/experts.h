@@ -110,7 +110,7 @@ void run_experts(Pool& pool, Buffer& buffer, const bf16* x, int64_t x_stride, co
   auto gate_and_up = [&](int64_t task) {
     const int32_t e = routes.active[task / up_groups];
     const int64_t g = task % up_groups, begin = routes.begin[e], n = routes.begin[e + 1] - begin;
-    const int64_t after = std::min(task + pool.n_threads(), n_up - 1);
+    const int64_t after = std::min(task + 1, n_up - 1);
     const char* next = gate_ups[routes.active[after / up_groups]].group(after % up_groups);
     multiply_group<K>(
         gate_ups[e], g, n, next,
