@@ -129,9 +129,11 @@ void run_experts(Pool& pool, Buffer& buffer, const bf16* x, int64_t x_stride, co
   auto quantize_h = [&](int64_t pair) { hq.take(pair, (const float*)h + pair * hidden); };
 
   // A task owns some columns of the residual, and adds one expert after the other to them: no two tasks write the same
-  // number, and each number's terms come in the order of the experts, whatever the batch. Many rows: several groups a task,
-  // so that a row's hidden numbers are still in the cache for the next group.
-  const int64_t chunk = n_tokens < 128 ? 1 : std::clamp<int64_t>(down_groups / (2 * pool.n_threads()), 1, 4);
+  // number, and each number's terms come in the order of the experts, whatever the batch. A task is several groups: with few
+  // rows two, for a longer stream of weights; with many rows up to four, so that a row's hidden numbers are still in the
+  // cache for the next group.
+  const int64_t tasks_each = n_tokens < 128 ? 4 : 2, most = n_tokens < 128 ? 2 : 4;
+  const int64_t chunk = std::clamp<int64_t>(down_groups / (tasks_each * pool.n_threads()), 1, most);
   auto down_and_add = [&](int64_t task) {
     const int64_t g0 = task * chunk, g1 = std::min(g0 + chunk, down_groups);
     for (int64_t a = 0; a < routes.n_active; a++) {
@@ -139,7 +141,9 @@ void run_experts(Pool& pool, Buffer& buffer, const bf16* x, int64_t x_stride, co
       const int64_t begin = routes.begin[e], n = routes.begin[e + 1] - begin;
       const Matrix& w = downs[e];
       for (int64_t g = g0; g < g1; g++) {
-        const char* next = g + 1 < g1 ? w.group(g + 1) : downs[routes.active[(a + 1) % routes.n_active]].group(g0);
+        const char* next = g + 1 < g1                ? w.group(g + 1)
+                           : a + 1 < routes.n_active ? downs[routes.active[a + 1]].group(g0)
+                                                     : downs[routes.active[0]].group(std::min(g1, down_groups - 1));
         multiply_group<K>(
             w, g, n, next,
             [&](int64_t i, int count, Rows& rows) {
