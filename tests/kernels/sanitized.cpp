@@ -72,6 +72,37 @@ struct Weights {
   Array<int32_t> sums;
 };
 
+// Every task of every phase runs once, and sees all tasks of the phase before it.
+static void run_pool(Pool* pool) {
+  constexpr int64_t most = 100;
+  const std::vector<int64_t> sizes = {0, 1, 2, 3, most, 5, 1};
+  for (int turn = 0; turn < 200; turn++) {
+    std::vector<std::vector<int>> runs;
+    for (int64_t n : sizes) runs.emplace_back(n, 0);
+    std::atomic<int> early{0};
+    auto task = [&](size_t phase) {
+      return [&, phase](int64_t i) {
+        if (phase)
+          for (int n : runs[phase - 1]) early += n != 1;
+        runs[phase][i]++;
+      };
+    };
+    std::vector<decltype(task(0))> tasks;
+    for (size_t i = 0; i < sizes.size(); i++) tasks.push_back(task(i));
+    Pool::Job& job = pool->open();
+    for (size_t i = 0; i < sizes.size(); i++) job.phase(sizes[i], tasks[i]);
+    pool->run(job);
+    bool once = true;
+    for (const auto& phase : runs)
+      for (int n : phase) once &= n == 1;
+    if (!once || early) {
+      fprintf(stderr, "pool: a task ran early, never or twice\n");
+      failures++;
+      return;
+    }
+  }
+}
+
 static void run_linear(Pool* pool, int32_t kind) {
   const int64_t shapes[][2] = {{1, 2}, {63, 31}, {65, 130}, {200, 64}};
   for (auto [outs, ins] : shapes) {
@@ -236,6 +267,12 @@ int main() {
     run_attention_alone(pool);
     run_norm_and_route(pool);
     run_experts(pool, INT4);
+    pool_free(pool);
+  }
+  for (int n_threads : {1, 2, 5}) {  // five: more threads than some phases have tasks
+    Pool* pool = pool_new(n_threads);
+    run_pool(pool);
+    run_experts(pool, INT8);
     pool_free(pool);
   }
   if (!failures) puts("clean");
