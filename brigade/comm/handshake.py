@@ -17,14 +17,16 @@ import hmac
 import socket
 import struct
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 VERSION = 1
 MIN_SECRET = 16
 """Bytes: whoever can connect is given an HMAC, so a short secret could be guessed at leisure."""
 _MAGIC = b"BRIGADE\0"
 _HELLO = struct.Struct("!8sHHHI32s32s")
-_WELCOME = b"\x01"
+WELCOME = b"\x01"
 
 
 class Refused(ConnectionError):
@@ -33,6 +35,10 @@ class Refused(ConnectionError):
 
 class Differs(Refused):
     """The other side knows the secret, but runs something else."""
+
+    def __init__(self, message: str, theirs: "Hello") -> None:
+        super().__init__(message)
+        self.theirs = theirs
 
 
 @dataclass(frozen=True)
@@ -70,39 +76,67 @@ class Hello:
         )
 
 
-def call(sock: socket.socket, mine: Hello, secret: bytes, until: float) -> Hello:
-    """The side that connected. Raises Refused, or OSError if the other side goes or is silent until then."""
+Steps: TypeAlias = Generator[tuple[bytes, int], bytes, Hello]
+"""A side of the handshake without its socket: yields (bytes to send, number of bytes to receive then)."""
+
+
+def calling(mine: Hello, secret: bytes) -> Steps:
+    """The side that connected: ends with the other side's hello, once that side has said welcome. Raises Refused."""
     sent = mine.pack()
-    _send(sock, sent, until)
-    got = _receive(sock, _HELLO.size, until)
+    got = yield sent, _HELLO.size
     theirs = Hello.unpack(got)
-    _check_proof(_receive(sock, 32, until), _proof(secret, b"answer", sent, got))
-    _send(sock, _proof(secret, b"call", sent, got), until)
-    if wrong := mine.differences(theirs):
-        raise Differs(f"rank {theirs.rank}: {wrong}")
-    _receive(sock, 1, until)
+    _check_proof((yield b"", 32), _proof(secret, b"answer", sent, got))
+    yield _proof(secret, b"call", sent, got), 0
+    _check_same(mine, theirs)
+    yield b"", len(WELCOME)
     return theirs
+
+
+def answering(mine: Hello, secret: bytes) -> Steps:
+    """The side that listened: ends with the caller's hello, before the welcome. Raises Refused."""
+    got = yield b"", _HELLO.size
+    theirs = Hello.unpack(got)
+    sent = mine.pack()
+    proof = yield sent + _proof(secret, b"answer", got, sent), 32
+    _check_proof(proof, _proof(secret, b"call", got, sent))
+    _check_same(mine, theirs)
+    return theirs
+
+
+def call(sock: socket.socket, mine: Hello, secret: bytes, until: float) -> Hello:
+    """`calling` over a socket. Raises Refused, or OSError if the other side goes or is silent until then."""
+    return _over(sock, calling(mine, secret), until)
 
 
 def answer(sock: socket.socket, mine: Hello, secret: bytes, until: float) -> Hello:
-    """The side that listened. Raises as `call` does."""
-    got = _receive(sock, _HELLO.size, until)
-    theirs = Hello.unpack(got)
-    sent = mine.pack()
-    _send(sock, sent + _proof(secret, b"answer", got, sent), until)
-    _check_proof(_receive(sock, 32, until), _proof(secret, b"call", got, sent))
-    if wrong := mine.differences(theirs):
-        raise Differs(f"rank {theirs.rank}: {wrong}")
-    return theirs
+    """`answering` over a socket. Raises as `call` does."""
+    return _over(sock, answering(mine, secret), until)
+
+
+def _over(sock: socket.socket, steps: Steps, until: float) -> Hello:
+    try:
+        data, n = next(steps)
+        while True:
+            if data:
+                _send(sock, data, until)
+            data, n = steps.send(_receive(sock, n, until))
+    except StopIteration as end:
+        theirs: Hello = end.value
+        return theirs
 
 
 def welcome(sock: socket.socket, until: float) -> None:
     """The last byte of `answer`'s side, once the caller has its place."""
-    _send(sock, _WELCOME, until)
+    _send(sock, WELCOME, until)
 
 
 def _proof(secret: bytes, label: bytes, caller: bytes, answerer: bytes) -> bytes:
     return hmac.new(secret, label + caller + answerer, hashlib.sha256).digest()
+
+
+def _check_same(mine: Hello, theirs: Hello) -> None:
+    if wrong := mine.differences(theirs):
+        raise Differs(wrong, theirs)
 
 
 def _check_proof(got: bytes, want: bytes) -> None:

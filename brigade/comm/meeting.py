@@ -79,7 +79,12 @@ class _Meeting:
                 return
             except Refused as e:
                 sock.close()
-                self.refused.put(Refused(f"{address[0]}:{address[1]}: {e}"))
+                if isinstance(e, Differs) and e.theirs.generation < self.me.generation:
+                    # it has not left the meeting before this one yet
+                    self.why[rank] = f"{address[0]}:{address[1]}: {e}"
+                    time.sleep(_RETRY_S)
+                    continue
+                self.refused.put(Refused(f"rank {rank} at {address[0]}:{address[1]}: {e}"))
                 return
             except OSError as e:
                 sock.close()
@@ -104,12 +109,13 @@ class _Meeting:
             until = self.soon()
             theirs = answer(sock, self.hello(), self.secret, until)
             if not self.me.rank < theirs.rank < self.me.size:
-                raise Differs(f"rank {theirs.rank} called; ranks {self.me.rank + 1} to {self.me.size - 1} may")
+                raise Differs(f"it called; ranks {self.me.rank + 1} to {self.me.size - 1} may", theirs)
             welcome(sock, until)
             self.arrived.put((theirs.rank, sock))
         except Differs as e:
             sock.close()
-            self.refused.put(e)
+            if e.theirs.generation >= self.me.generation:  # else it calls from a meeting that is over
+                self.refused.put(Refused(f"rank {e.theirs.rank}: {e}"))
         except OSError:  # silent, gone, or not one of us: whoever does not know the secret ends nothing
             sock.close()
         finally:
