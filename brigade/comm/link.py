@@ -195,7 +195,7 @@ class Door(Generic[In]):
 
 
 async def call(address: Address, secret: bytes, kind: Any, *, silence: float, deadline: float) -> Link[Any]:
-    """Call a door once, for up to `deadline` seconds.
+    """Call a door once: up to `deadline` seconds for the connection, and two for the handshake.
 
     Raises Refused if the other side has another secret or version, OSError if it cannot be reached or is silent.
     """
@@ -203,15 +203,15 @@ async def call(address: Address, secret: bytes, kind: Any, *, silence: float, de
     try:
         async with asyncio.timeout(deadline):
             reader, writer = await asyncio.open_connection(*address)
-            try:
-                if writer.get_extra_info("sockname") == writer.get_extra_info("peername"):
-                    raise ConnectionError("nobody listens there")  # TCP connected the socket to itself
-                await _shake(calling(_hello(), secret), reader, writer)
-            except BaseException:
-                writer.transport.abort()
-                raise
     except TimeoutError:
         raise TimeoutError(f"no answer within {deadline:g} s") from None
+    try:
+        if writer.get_extra_info("sockname") == writer.get_extra_info("peername"):
+            raise ConnectionError("nobody listens there")  # TCP connected the socket to itself
+        await _shake(calling(_hello(), secret), reader, writer)
+    except BaseException:
+        writer.transport.abort()
+        raise
     return Link(reader, writer, kind, silence)
 
 

@@ -10,13 +10,20 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from brigade.comm.group import PeerLost
 from brigade.comm.handshake import MIN_SECRET, Differs, Hello, Refused, answer, call, welcome
 
 Address = tuple[str, int]
+Stopped = Callable[[], Iterable[int] | None]
+"""Says who is to blame once a supervisor has stopped the generation; None until then."""
+
+
+def never() -> None:
+    """For a group that no supervisor stops."""
+
 
 _HANDSHAKE_S = 2.0
 _RETRY_S = 0.05
@@ -131,12 +138,14 @@ def meet(
     layout: bytes,
     generation: int,
     deadline: float,
+    stopped: Stopped = never,
 ) -> dict[int, socket.socket]:
     """A connection to every other rank. Takes `listener` (of `listen`) over and closes it.
 
-    Blocks up to `deadline` seconds. Raises PeerLost, which names those who did not come; Refused at once if a rank that
-    knows the secret runs another version, layout, generation or number of ranks (both values are in the message), or if
-    a called rank has another secret.
+    Blocks up to `deadline` seconds. Raises PeerLost, which names those who did not come, also when it was `stopped`;
+    Refused at once if a rank that knows the secret runs another version, layout, later generation or number of ranks
+    (both values are in the message), or if a called rank has another secret. A rank of an earlier generation is waited
+    for: it has yet to leave the meeting before this one.
     """
     if len(secret) < MIN_SECRET:
         raise ValueError(f"secret: needs at least {MIN_SECRET} bytes, not {len(secret)}")
@@ -150,7 +159,7 @@ def meet(
         thread.start()
     links: dict[int, socket.socket] = {}
     try:
-        _gather(meeting, links)
+        _gather(meeting, links, stopped)
     except BaseException:
         for sock in links.values():
             sock.close()
@@ -162,9 +171,11 @@ def meet(
     return links
 
 
-def _gather(meeting: _Meeting, links: dict[int, socket.socket]) -> None:
+def _gather(meeting: _Meeting, links: dict[int, socket.socket], stopped: Stopped) -> None:
     others = set(range(meeting.me.size)) - {meeting.me.rank}
     while others - set(links):
+        if (culprits := stopped()) is not None:
+            raise PeerLost(culprits, f"the meeting of generation {meeting.me.generation} was stopped")
         with contextlib.suppress(queue.Empty):
             raise meeting.refused.get_nowait()
         if time.monotonic() >= meeting.until:

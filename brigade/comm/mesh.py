@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from brigade.comm.group import PeerLost, checked, checked_deadline
-from brigade.comm.meeting import Address, meet
+from brigade.comm.meeting import Address, Stopped, meet, never
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -23,6 +23,8 @@ MAX_FRAME = 1 << 34
 _SHARE, _ALL_TO_ALL, _LATE, _LOST = 0, 1, 254, 255
 FIRST_FREE_CHANNEL = 8
 _OF_DEADLINE = 0.75
+_LOOK_S = 0.05
+"""Longest wait between two looks at whether the generation was stopped."""
 _MOST_BUFFERS = 64
 """Buffers of one sendmsg; IOV_MAX is 1024."""
 
@@ -108,19 +110,32 @@ class Mesh:
         layout: bytes,
         generation: int,
         deadline: float,
+        stopped: Stopped = never,
     ) -> None:
-        """Meets all ranks (`brigade.comm.meeting.meet` says how and what it raises)."""
+        """Meets all ranks (`brigade.comm.meeting.meet` says how and what it raises).
+
+        `stopped` is asked in long waits, many times a second: the culprits once the supervisor has stopped this
+        generation, else None.
+        """
         if not 0 <= rank < len(addresses):
             raise ValueError(f"rank: must be 0 to {len(addresses) - 1}, not {rank}")
         self.rank, self.size, self.deadline = rank, len(addresses), checked_deadline(deadline)
         self.patience = _OF_DEADLINE * self.deadline
         """Seconds that a wait may take; the rest of the deadline is for finding out who is lost."""
+        self._stopped = stopped
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._culprits: tuple[int, ...] = ()
         self._links: dict[int, _Link] = {}
         try:
             socks = meet(
-                rank, addresses, listener, secret=secret, layout=layout, generation=generation, deadline=deadline
+                rank,
+                addresses,
+                listener,
+                secret=secret,
+                layout=layout,
+                generation=generation,
+                deadline=deadline,
+                stopped=stopped,
             )
         except BaseException:
             self.close()
@@ -220,7 +235,8 @@ class Mesh:
         for link in self._links.values():
             if not link.gone:
                 poll.register(link.sock, select.POLLIN | (select.POLLOUT if link.out else 0))
-        for file, events in poll.poll(1000 * seconds):
+        ready = poll.poll(1000 * min(seconds, _LOOK_S))
+        for file, events in ready:
             if file == self._stop:
                 raise self.lost(self._culprits, "the group was stopped")
             link = self._of_file[file]
@@ -228,6 +244,8 @@ class Mesh:
                 link.send()
             if events & ~select.POLLOUT:
                 link.receive()
+        if not ready and (culprits := self._stopped()) is not None:
+            raise self.lost(culprits, "the group was stopped")
 
     def _check(self) -> None:
         """Raises PeerLost if anybody is known to be lost. What others say comes first: they saw it before us."""

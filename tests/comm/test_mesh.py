@@ -165,6 +165,26 @@ def test_a_rank_that_moved_on_first_waits_for_those_that_have_not_left_the_last_
         sock.close()
 
 
+def test_a_supervisor_ends_a_wait_and_a_meeting_and_says_who_is_to_blame() -> None:
+    culprits: list[int] | None = None
+    socks = listeners(3)
+    odd: dict[int, dict[str, object]] = {r: {"stopped": lambda: culprits} for r in range(2)}
+    meshes = [f.result(5) for f in start(socks, deadline=20, odd=odd)]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(meshes[0].share, [1])
+        time.sleep(0.2)
+        culprits = [2]
+        with pytest.raises(PeerLost, match="rank 2: the group was stopped"):
+            waiting.result(1)
+    with pytest.raises(PeerLost, match="rank 2: lost, as rank 0 tells"):
+        meshes[2].share([1])
+    alone = start(listeners(3), deadline=20, odd=odd, ranks=(0,))[0]
+    with pytest.raises(PeerLost, match="rank 2: the meeting of generation 1 was stopped"):
+        alone.result(1)
+    for mesh in meshes:
+        mesh.close()
+
+
 def test_another_version_is_refused_with_both_values() -> None:
     here, there = (Hello(r, 2, 1, LAYOUT, bytes(32), version) for r, version in ((0, 1), (1, 2)))
     assert here.differences(there) == "protocol version: 1 here, 2 there"
