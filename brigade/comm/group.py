@@ -11,7 +11,7 @@ class PeerLost(ConnectionError):
     """A collective cannot be completed. `ranks` are those that did not arrive, or that the supervisor gave up."""
 
     def __init__(self, ranks: Iterable[int], why: str) -> None:
-        self.ranks = tuple(sorted(set(ranks)))
+        self.ranks, self.why = tuple(sorted(set(ranks))), why
         who = ", ".join(str(r) for r in self.ranks)
         names = f"rank {who}" if len(self.ranks) == 1 else f"ranks {who}" if self.ranks else "the group"
         super().__init__(f"{names}: {why}")

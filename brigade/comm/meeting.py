@@ -51,7 +51,8 @@ class _Meeting:
     secret: bytes
     until: float
     arrived: "queue.Queue[tuple[int, socket.socket]]" = field(default_factory=queue.Queue)
-    refused: "queue.Queue[Refused]" = field(default_factory=queue.Queue)
+    refused: "queue.Queue[ConnectionError]" = field(default_factory=queue.Queue)
+    """Why this rank cannot go on: Refused, or PeerLost if it was left behind."""
     why: dict[int, str] = field(default_factory=dict)
     """The last trouble with each rank that was called."""
     over: threading.Event = field(default_factory=threading.Event)
@@ -86,17 +87,23 @@ class _Meeting:
                 return
             except Refused as e:
                 sock.close()
-                if isinstance(e, Differs) and e.theirs.generation < self.me.generation:
-                    # it has not left the meeting before this one yet
-                    self.why[rank] = f"{address[0]}:{address[1]}: {e}"
-                    time.sleep(_RETRY_S)
-                    continue
-                self.refused.put(Refused(f"rank {rank} at {address[0]}:{address[1]}: {e}"))
-                return
+                self.why[rank] = f"{address[0]}:{address[1]}: {e}"
+                if not self.earlier(rank, e):
+                    return
+                time.sleep(_RETRY_S)
             except OSError as e:
                 sock.close()
                 self.why[rank] = f"{address[0]}:{address[1]}: {e}"
                 time.sleep(_RETRY_S)
+
+    def earlier(self, rank: int, error: Refused) -> bool:
+        """Whether the other side is only late: still in an earlier meeting. If not, this meeting is over."""
+        theirs = error.theirs.generation if isinstance(error, Differs) else self.me.generation
+        if theirs > self.me.generation:
+            self.refused.put(PeerLost((), f"rank {rank} is in generation {theirs}, this one in {self.me.generation}"))
+        elif theirs == self.me.generation:
+            self.refused.put(Refused(f"rank {rank}: {error}"))
+        return theirs < self.me.generation
 
     def accept(self, listener: socket.socket) -> None:
         """Take callers until the meeting is over."""
@@ -121,8 +128,7 @@ class _Meeting:
             self.arrived.put((theirs.rank, sock))
         except Differs as e:
             sock.close()
-            if e.theirs.generation >= self.me.generation:  # else it calls from a meeting that is over
-                self.refused.put(Refused(f"rank {e.theirs.rank}: {e}"))
+            self.earlier(e.theirs.rank, e)
         except OSError:  # silent, gone, or not one of us: whoever does not know the secret ends nothing
             sock.close()
         finally:
@@ -142,10 +148,10 @@ def meet(
 ) -> dict[int, socket.socket]:
     """A connection to every other rank. Takes `listener` (of `listen`) over and closes it.
 
-    Blocks up to `deadline` seconds. Raises PeerLost, which names those who did not come, also when it was `stopped`;
-    Refused at once if a rank that knows the secret runs another version, layout, later generation or number of ranks
-    (both values are in the message), or if a called rank has another secret. A rank of an earlier generation is waited
-    for: it has yet to leave the meeting before this one.
+    Blocks up to `deadline` seconds. Raises PeerLost, which names those who did not come, also when it was `stopped`, and
+    at once if another rank is in a later generation; one in an earlier generation has yet to leave that meeting and is
+    waited for. Raises Refused at once if a rank that knows the secret runs another version, layout or number of ranks
+    (both values are in the message), or if a called rank has another secret.
     """
     if len(secret) < MIN_SECRET:
         raise ValueError(f"secret: needs at least {MIN_SECRET} bytes, not {len(secret)}")

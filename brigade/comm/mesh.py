@@ -125,6 +125,7 @@ class Mesh:
         self._stopped = stopped
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._culprits: tuple[int, ...] = ()
+        self._error: PeerLost | None = None
         self._links: dict[int, _Link] = {}
         try:
             socks = meet(
@@ -249,6 +250,8 @@ class Mesh:
 
     def _check(self) -> None:
         """Raises PeerLost if anybody is known to be lost. What others say comes first: they saw it before us."""
+        if self._error is not None:
+            raise PeerLost(self._error.ranks, self._error.why)
         for rank, link in self._links.items():
             if told := link.came.get(_LOST):
                 culprits = struct.unpack(f"!{len(told[0]) // 2}H", told[0])
@@ -259,7 +262,7 @@ class Mesh:
 
     def lost(self, ranks: Iterable[int], why: str) -> PeerLost:
         """The error to raise; all others are told first, so that they raise it, too."""
-        error = PeerLost(ranks, why)
+        error = self._error = PeerLost(ranks, why)
         for link in self._links.values():
             if not link.gone:
                 link.message(_LOST, struct.pack(f"!{len(error.ranks)}H", *error.ranks))

@@ -137,10 +137,10 @@ def test_another_layout_is_refused_with_both_values() -> None:
         assert all(s in str(e.value) for s in ("layout: ", "6c6c6c6c6c6c6c6c", "6d6d6d6d6d6d6d6d"))
 
 
-def test_a_rank_that_was_left_behind_is_refused_and_told_both_generations() -> None:
+def test_a_rank_that_was_left_behind_hears_it_at_once() -> None:
     ahead, behind = start(listeners(2), deadline=1, odd={1: {"generation": 7}})[::-1]
-    with pytest.raises(Refused, match="rank 1: generation: 1 here, 7 there"):
-        behind.result(5)
+    with pytest.raises(PeerLost, match="rank 1 is in generation 7, this one in 1"):
+        behind.result(0.8)
     with pytest.raises(PeerLost, match="rank 0: did not come to the meeting of generation 7"):
         ahead.result(5)
 
@@ -156,7 +156,7 @@ def test_a_rank_that_moved_on_first_waits_for_those_that_have_not_left_the_last_
     with ThreadPoolExecutor(2) as pool:
         for last in (0, 1):
             first = pool.submit(meeting, 1 - last, 7)
-            with pytest.raises(Refused):
+            with pytest.raises(PeerLost, match="generation 7"):
                 meeting(last, 6)
             both_there = [meeting(last, 7), first.result(5)]
             for mesh in both_there:
@@ -181,6 +181,18 @@ def test_a_supervisor_ends_a_wait_and_a_meeting_and_says_who_is_to_blame() -> No
     alone = start(listeners(3), deadline=20, odd=odd, ranks=(0,))[0]
     with pytest.raises(PeerLost, match="rank 2: the meeting of generation 1 was stopped"):
         alone.result(1)
+    for mesh in meshes:
+        mesh.close()
+
+
+def test_a_group_that_lost_a_rank_says_so_again_at_once() -> None:
+    meshes = [f.result(5) for f in start(listeners(3), deadline=0.4)]
+    for _ in range(2):
+        begun = time.monotonic()
+        with pytest.raises(PeerLost):
+            meshes[0].share([1])
+        took = time.monotonic() - begun
+    assert took < 0.1
     for mesh in meshes:
         mesh.close()
 
