@@ -1,4 +1,4 @@
-"""The command line: `brigade serve`, `chat`, `bench`, `experts`, `doctor`. Reads options and shows results, no more.
+"""The command line: `brigade serve`, `join`, `chat`, `bench`, `experts`, `doctor`. Reads options, shows results.
 
 Modules here import only typer and the standard library at the top, so that --help and --version answer at once.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from brigade.cli import bench, chat, doctor, experts, serve
+from brigade.cli import bench, chat, doctor, experts, join, serve
 from brigade.cli.fault import Fault, one_line
 
 
@@ -35,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(serve.serve)
+app.command()(join.join)
 app.command()(chat.chat)
 app.command()(bench.bench)
 app.command()(experts.experts)

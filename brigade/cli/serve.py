@@ -21,9 +21,11 @@ import typer
 
 from brigade.cli.fault import Fault, one_line
 from brigade.cli.machine import port_problem
+from brigade.cli.secret import read_secret
 from brigade.cli.units import parse_size
-from brigade.engine.config import DEMO_MODEL, Dtype, EngineConfig, Weights
+from brigade.engine.config import DEMO_MODEL, JOIN_PORT, Dtype, EngineConfig, HostsConfig, Weights
 from brigade.serve.config import ConfigError, ServeConfig
+from brigade.spec.layout import Host, Layout
 
 if TYPE_CHECKING:
     from brigade.engine.messages import Loading
@@ -82,6 +84,16 @@ def serve(
     threads: Annotated[
         int, typer.Option(help="CPU threads of a rank; 0: all cores, shared by the ranks.")
     ] = _ENGINE.threads,
+    hosts: Annotated[
+        str,
+        typer.Option(
+            help="Ranks by host, this machine first, like 10.0.0.1=4,10.0.0.2=4; the others run `brigade join`."
+        ),
+    ] = "",
+    secret_file: Annotated[
+        str, typer.Option(help="With --hosts: file with the secret that all hosts share; only its owner may read it.")
+    ] = "",
+    join_port: Annotated[int, typer.Option(help="With --hosts: the port that the other hosts call.")] = JOIN_PORT,
     rank_deadline: Annotated[
         float, typer.Option(help="Seconds a rank waits for the others before one that is missing is replaced.")
     ] = _ENGINE.rank_deadline,
@@ -97,6 +109,7 @@ def serve(
     """Serve a model with OpenAI's API. Ctrl-C lets running requests finish, then ends."""
     if log_level not in LOG_LEVELS:
         raise Fault(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {log_level}", 2)
+    several = parse_hosts(hosts, secret_file, join_port) if hosts else None
     try:
         engine = EngineConfig(
             model=model or str(DEMO_MODEL),
@@ -108,9 +121,9 @@ def serve(
             max_waiting=max_waiting,
             max_step_tokens=max_step_tokens,
             depth=depth,
-            ranks=ranks,
             redundant_experts=redundant_experts,
             rebalance=rebalance,
+            ranks=several.layout.n_ranks if several and ranks == _ENGINE.ranks else ranks,
             threads=threads,
             rank_deadline=rank_deadline,
             step_deadline=step_deadline,
@@ -133,7 +146,21 @@ def serve(
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if until_eof:
         threading.Thread(target=_interrupt_at_eof, daemon=True).start()
-    _run(engine, web, log_level)
+    run(engine, web, log_level, several)
+
+
+def parse_hosts(hosts: str, secret_file: str, port: int) -> HostsConfig:
+    """What --hosts, --secret-file and --join-port say together. Raises Fault."""
+    if not secret_file:
+        raise Fault("--hosts needs --secret-file: hosts know each other by the secret in it", 2)
+    named = [entry.rpartition("=") for entry in hosts.split(",")]
+    if not all(address.strip() and n.isdigit() for address, _, n in named):
+        raise Fault(f"--hosts: '{hosts}' must be like 10.0.0.1=4,10.0.0.2=4", 2)
+    try:
+        layout = Layout(tuple(Host(address.strip(), int(n)) for address, _, n in named))
+        return HostsConfig(layout=layout, secret=read_secret(secret_file), port=port)
+    except ValueError as e:
+        raise Fault(f"--hosts: {e}", 2) from e
 
 
 def _kv_bytes(kv_memory: str) -> int:
@@ -152,7 +179,8 @@ def served_name(model: str | None) -> str:
     return Path(model).resolve().name
 
 
-def _run(engine_config: EngineConfig, web: ServeConfig, log_level: str) -> None:
+def run(engine_config: EngineConfig, web: ServeConfig, log_level: str, hosts: HostsConfig | None = None) -> None:
+    """Load a model and serve it until a signal comes; over several hosts, wait for them first. Raises Fault."""
     import uvloop
 
     from brigade.engine.output import LoadError
@@ -161,7 +189,7 @@ def _run(engine_config: EngineConfig, web: ServeConfig, log_level: str) -> None:
     heard: list[int] = []
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_load_and_serve(engine_config, web, log_level, heard))
+            runner.run(_load_and_serve(engine_config, web, log_level, heard, hosts))
     except (LoadError, ConfigError) as e:  # ConfigError: the checkpoint's chat template or defaults
         raise Fault(str(e), 2) from e
     except PortInUse as e:
@@ -170,7 +198,9 @@ def _run(engine_config: EngineConfig, web: ServeConfig, log_level: str) -> None:
         raise typer.Exit(128 + heard[0]) from None  # while loading: the server ends by itself
 
 
-async def _load_and_serve(engine_config: EngineConfig, web: ServeConfig, log_level: str, heard: list[int]) -> None:
+async def _load_and_serve(
+    engine_config: EngineConfig, web: ServeConfig, log_level: str, heard: list[int], hosts: HostsConfig | None
+) -> None:
     from brigade.engine.client import Engine
     from brigade.serve.metrics import Metrics
     from brigade.serve.server import serve as serve_http
@@ -184,7 +214,7 @@ async def _load_and_serve(engine_config: EngineConfig, web: ServeConfig, log_lev
     metrics = Metrics()
     _cancel_at_signals(heard)
     with _loading(engine_config.model) as progress:
-        engine = await Engine.start(engine_config, progress=progress, observer=metrics)
+        engine = await Engine.start(engine_config, progress=progress, observer=metrics, hosts=hosts)
     try:
         if log_level in ("debug", "info"):
             for note in engine.ready.notes:

@@ -148,10 +148,10 @@ def meet(
 ) -> dict[int, socket.socket]:
     """A connection to every other rank. Takes `listener` (of `listen`) over and closes it.
 
-    Blocks up to `deadline` seconds. Raises PeerLost, which names those who did not come, also when it was `stopped`, and
-    at once if another rank is in a later generation; one in an earlier generation has yet to leave that meeting and is
-    waited for. Raises Refused at once if a rank that knows the secret runs another version, layout or number of ranks
-    (both values are in the message), or if a called rank has another secret.
+    Blocks up to `deadline` seconds. Raises PeerLost, which names those who did not come, also when it was `stopped`,
+    and at once if another rank is in a later generation; one in an earlier generation has yet to leave that meeting and
+    is waited for. Raises Refused at once if a rank that knows the secret runs another version, layout or number of
+    ranks (both values are in the message), or if a called rank has another secret.
     """
     if len(secret) < MIN_SECRET:
         raise ValueError(f"secret: needs at least {MIN_SECRET} bytes, not {len(secret)}")

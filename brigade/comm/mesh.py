@@ -97,6 +97,11 @@ class _Link:
             self._next()
 
 
+def patience(deadline: float) -> float:
+    """Seconds that a wait may take; the rest of the deadline is for finding out who is lost."""
+    return _OF_DEADLINE * deadline
+
+
 class Mesh:
     """A Group. Made anew, with another generation, after a PeerLost."""
 
@@ -120,8 +125,7 @@ class Mesh:
         if not 0 <= rank < len(addresses):
             raise ValueError(f"rank: must be 0 to {len(addresses) - 1}, not {rank}")
         self.rank, self.size, self.deadline = rank, len(addresses), checked_deadline(deadline)
-        self.patience = _OF_DEADLINE * self.deadline
-        """Seconds that a wait may take; the rest of the deadline is for finding out who is lost."""
+        self.patience = patience(self.deadline)
         self._stopped = stopped
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._culprits: tuple[int, ...] = ()

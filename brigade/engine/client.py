@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from brigade.engine.config import EngineConfig
+from brigade.engine.config import EngineConfig, HostsConfig
 from brigade.engine.generation import Generation
 from brigade.engine.messages import (
     Abort,
@@ -42,6 +42,7 @@ from brigade.engine.messages import (
 )
 from brigade.engine.output import BadRequest, EngineError, Health, LoadError, Observer, QueueFull, Timings, Unavailable
 from brigade.engine.rebalance import Rebalancer
+from brigade.engine.rendezvous import Rendezvous
 from brigade.engine.router import Router
 from brigade.engine.tokenizer import Tokenizer
 from brigade.engine.unit import Broken, Unit, UnitLost, Whole, pause
@@ -100,6 +101,8 @@ class Engine:
         self._stats = [_IDLE] * config.ranks
         self._unit: Unit | None = None
         self._router: Router
+        self._hosts: HostsConfig | None = None
+        self._rendezvous: Rendezvous | None = None
         self._wakes = itertools.count(1)
         self._up = asyncio.Event()
         self._n_heard = [0] * config.ranks
@@ -123,11 +126,23 @@ class Engine:
         *,
         progress: Callable[[Loading], None] | None = None,
         observer: Observer | None = None,
+        hosts: HostsConfig | None = None,
     ) -> "Engine":
-        """Load a model and return when it can answer. Raises LoadError."""
+        """Load a model and return when it can answer. Raises LoadError.
+
+        `hosts`: where the ranks run, and how the other hosts reach this one, which is the first; None: all run here.
+        """
         engine = cls(config, observer)
+        engine._hosts = hosts
         try:
+            if hosts is not None:
+                engine._rendezvous = await Rendezvous.open(config, hosts)
+                await engine._rendezvous.wait()
             await engine._spawn(progress or (lambda _: None))
+        except LoadError as e:
+            await engine._send_away(str(e))
+            await engine.close()
+            raise
         except BaseException:
             await engine.close()
             raise
@@ -223,6 +238,13 @@ class Engine:
         unit, self._unit = self._unit, None
         if unit is not None:
             await unit.end()
+        await self._send_away()
+
+    async def _send_away(self, failure: str = "") -> None:
+        """Let the other hosts go; `failure`: why the engine could not start."""
+        rendezvous, self._rendezvous = self._rendezvous, None
+        if rendezvous is not None:
+            await rendezvous.close(failure or "the head was ended", bool(failure))
 
     def _add(self, unit: Unit, add: Add) -> None:
         """Give a request to a rank and wake the others: they run their steps together."""
@@ -292,7 +314,8 @@ class Engine:
     async def _spawn(self, progress: Callable[[Loading], None]) -> None:
         """Start a unit and wait until it is ready. Raises LoadError."""
         ranks = self.config.ranks
-        self._unit, self.ready = await Unit.start(self.config, self.spec, progress, self.experts.where)
+        others = self._rendezvous.hosts if self._rendezvous else []
+        self._unit, self.ready = await Unit.start(self.config, self.spec, progress, self.experts.where, self._hosts, others)
         pages = self.ready.n_pages // ranks
         self._router = Router(self.spec, ranks, self.config.max_running, self.ready.page, pages)
         self._stepped = time.monotonic()

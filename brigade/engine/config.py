@@ -1,13 +1,19 @@
 """Every setting of the engine, in one frozen place. The worker resolves "auto" values and says what they became."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from brigade.comm.handshake import MIN_SECRET
+from brigade.spec.layout import Layout
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 Kind = Literal["bf16", "int8", "int4"]
 Weights = Literal["auto", "bf16", "int8", "int4"]
+
+JOIN_PORT = 7000
+"""Where the head of several hosts listens for them unless told otherwise."""
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo"
 """The bundled demo model: a real, small DeepSeek-V3-architecture mixture of experts."""
@@ -87,3 +93,25 @@ class EngineConfig:
             raise ValueError(
                 "max_step_tokens must be at least max_running, or some running requests would never advance"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostsConfig:
+    """On which hosts a unit runs, and how they reach its head. Raises ValueError for values that cannot work."""
+
+    layout: Layout
+    """The head is the first host; it listens on its own address there."""
+    secret: bytes = field(repr=False)
+    """At least 16 bytes, the same on all hosts."""
+    port: int = JOIN_PORT
+    """Where supervisors call; 0 takes a free one."""
+    wait: float = 300.0
+    """Seconds that the head waits for all hosts at the start."""
+
+    def __post_init__(self) -> None:
+        if len(self.secret) < MIN_SECRET:
+            raise ValueError(f"secret: needs at least {MIN_SECRET} bytes, not {len(self.secret)}")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be between 0 and 65535, not {self.port}")
+        if not 0 < self.wait <= 86400:
+            raise ValueError(f"wait must be above 0 and at most 86400 seconds, not {self.wait}")

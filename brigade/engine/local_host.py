@@ -16,6 +16,7 @@ from brigade.engine.config import EngineConfig
 from brigade.engine.messages import FromWorker, Start, ToWorker
 from brigade.engine.output import LoadError
 from brigade.engine.process import WorkerProcess
+from brigade.spec.layout import Layout
 from brigade.spec.model import ModelSpec
 
 
@@ -74,23 +75,29 @@ class RankHost(Protocol):
 class LocalHost:
     """This machine as a RankHost. Make it with `create`."""
 
-    def __init__(self, ranks: range, address: str, segment: Segment | None) -> None:
-        self.ranks, self.address, self._segment = ranks, address, segment
+    def __init__(self, ranks: range, address: str, segment: Segment | None, secret: bytes = b"") -> None:
+        self.ranks, self.address, self._segment, self._secret = ranks, address, segment, secret
         self.processes: dict[int, WorkerProcess] = {}
         self._heard: asyncio.Queue[tuple[int, FromWorker | Ended]] = asyncio.Queue()
         self._ears: dict[int, asyncio.Task[None]] = {}
 
     @classmethod
-    def create(cls, config: EngineConfig, spec: ModelSpec, ranks: range, address: str = "127.0.0.1") -> "LocalHost":
-        """Make the memory that the ranks share; processes come later. Raises LoadError."""
-        return cls(ranks, address, _segment(config, spec, len(ranks)))
+    def create(
+        cls, config: EngineConfig, spec: ModelSpec, layout: Layout, host: int = 0, secret: bytes = b""
+    ) -> "LocalHost":
+        """This machine as one host of a layout. Makes the memory that its ranks share; processes come later.
+
+        `secret`: what its ranks and those of other hosts know each other by. Raises LoadError.
+        """
+        return cls(layout.ranks(host), layout.hosts[host].address, _segment(config, spec, layout, host), secret)
 
     async def start(self, start: Start) -> None:
         rank = start.rank
         if rank in self.processes:
             raise ValueError(f"rank {rank} has a process")
         fd = self._segment.fd if self._segment is not None else -1
-        process = self.processes[rank] = await WorkerProcess.start(msgspec.structs.replace(start, segment=fd))
+        start = msgspec.structs.replace(start, segment=fd, address=self.address, secret=self._secret)
+        process = self.processes[rank] = await WorkerProcess.start(start)
         self._ears[rank] = asyncio.create_task(self._listen(rank, process))
 
     def send(self, rank: int, *messages: ToWorker) -> None:
@@ -134,11 +141,18 @@ class LocalHost:
         self._heard.put_nowait((rank, Ended(how)))
 
 
-def _segment(config: EngineConfig, spec: ModelSpec, n_ranks: int) -> Segment | None:
-    """The memory that the ranks of one host share; None for one rank. Raises LoadError."""
-    if n_ranks == 1:
+def _segment(config: EngineConfig, spec: ModelSpec, layout: Layout, host: int) -> Segment | None:
+    """The memory that the ranks of one host share; None for a unit of one rank. Raises LoadError.
+
+    With several hosts a rank receives tokens of other hosts for its own, besides its own ones: of one rank of each
+    where all hosts are alike, else of all (`brigade.comm.hierarchical`).
+    """
+    if layout.n_ranks == 1:
         return None
+    sizes = layout.sizes
+    n_sources = len(sizes) if len(set(sizes)) == 1 else layout.n_ranks
+    n_tokens = config.max_step_tokens * (n_sources if len(sizes) > 1 else 1)
     try:
-        return Segment.create(n_ranks, config.max_step_tokens, spec.dim, spec.moe.top_k if spec.moe else 1)
+        return Segment.create(sizes[host], n_tokens, spec.dim, spec.moe.top_k if spec.moe else 1)
     except (OSError, ValueError) as e:
         raise LoadError(f"the ranks cannot share memory: {e}") from e

@@ -120,7 +120,7 @@ class Loop:
         staged = mover.staged if mover else 0
         mine = Shape(plan.n_tokens, self.scheduler.busy or bool(self.pending), self.wake, staged)
         try:
-            agreed = agree([Shape(n, bool(busy), *rest) for n, busy, *rest in self.group.share(mine)])
+            agreed = agree([Shape(n, bool(busy), *rest) for n, busy, *rest in self._share(mine)])
         except PeerLost:
             self.scheduler.undo(plan)
             raise
@@ -169,7 +169,7 @@ class Loop:
         except PeerLost as e:
             self._tell(e)
             return
-        self.whole = True
+        self.whole, self.group = True, self.membership.group
         self.channel.send(ready)
 
     def roll_back(self) -> None:
@@ -184,6 +184,13 @@ class Loop:
             result.exception()
             self.scheduler.undo(plan)
         self._lost = None
+
+    def _share(self, mine: Shape) -> list[tuple[int, ...]]:
+        """Over a network, a step that runs behind and the agreement on the next one take turns: they share one wire."""
+        if self.membership is not None and self.membership.one_wire:
+            shared: list[tuple[int, ...]] = self._do(self.group.share, mine).result()
+            return shared
+        return self.group.share(mine)
 
     def _tell(self, e: PeerLost) -> None:
         self.whole = False
@@ -292,9 +299,9 @@ def main(fd: int) -> int:
         start = _first(channel, Start)
         config = start.config
         try:
-            unit = UnitRank(start.rank, config.ranks, start.segment, config.rank_deadline, config.redundant_experts)
+            unit = UnitRank.of(start)
             where = start.placement, start.portion
-            worker = Worker.read(config, auto.this_machine().part(unit.size), _progress(channel), unit, *where)
+            worker = Worker.read(config, auto.this_machine().part(unit.n_here), _progress(channel), unit, *where)
             channel.send(Loaded(unit.port))
             membership = Membership(config, unit, worker)
             ready = _join(channel, membership)

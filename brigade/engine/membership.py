@@ -22,6 +22,11 @@ class Membership:
         return self._unit.group
 
     @property
+    def one_wire(self) -> bool:
+        """Whether the group and the experts' exchange must not be used at the same time."""
+        return self._unit.one_wire
+
+    @property
     def generation(self) -> int:
         """The one last called for; 0 before."""
         return self._unit.generation
@@ -34,7 +39,7 @@ class Membership:
         the first time ValueError and MemoryError.
         """
         if self._resolved is None:
-            self._resolved = self._worker.make_cache(self._config, auto.this_machine().part(self._unit.size))
+            self._resolved = self._worker.make_cache(self._config, auto.this_machine().part(self._unit.n_here))
         self._unit.meet(form)
         self._worker.meet(self._unit)
         if self._warm:

@@ -14,7 +14,13 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
     rank: int = 0
     segment: int = -1
-    """File number of the memory that the ranks of a unit share; -1 for a unit of one."""
+    """File number of the memory that the ranks of a host share; -1 for a unit of one."""
+    hosts: list[int] = []
+    """Ranks of each host where there are several; empty: all are on this one."""
+    address: str = ""
+    """Where this rank listens for ranks of other hosts."""
+    secret: bytes = b""
+    """What ranks of several hosts know each other by; put in on the rank's own host, never sent over a network."""
     placement: Placement | None = None
     """Which slot holds which routed expert now; None: as at the first start."""
     portion: int = 0

@@ -11,12 +11,12 @@ Life of a unit:
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from brigade.core.placement import Placement
-from brigade.engine.config import EngineConfig
+from brigade.engine.config import EngineConfig, HostsConfig
 from brigade.engine.local_host import Ended, LocalHost, RankHost
 from brigade.engine.messages import (
     Failed,
@@ -36,6 +36,7 @@ from brigade.engine.messages import (
     ToWorker,
 )
 from brigade.engine.output import LoadError
+from brigade.spec.layout import on_one_host
 from brigade.spec.model import ModelSpec
 
 LOAD_SILENCE = 300.0
@@ -109,13 +110,22 @@ class Unit:
         spec: ModelSpec,
         progress: Callable[[Loading], None],
         where: Where = lambda: (None, 0),
+        hosts: HostsConfig | None = None,
+        others: Sequence[RankHost] = (),
     ) -> tuple["Unit", Ready]:
-        """Start all ranks and wait until they are ready. Raises LoadError; then no process is left."""
+        """Start all ranks and wait until they are ready. Raises LoadError; then no process is left.
+
+        `hosts`: None if all run here. Else this machine is the first host of its layout, and `others` are the rest.
+        """
         if spec.moe is not None and config.ranks > spec.moe.n_experts:
             raise LoadError(
                 f"ranks is {config.ranks}, but the model has only {spec.moe.n_experts} routed experts a layer"
             )
-        unit = cls(config, [LocalHost.create(config, spec, range(config.ranks))], where)
+        if hosts is None:
+            here = LocalHost.create(config, spec, on_one_host(config.ranks))
+        else:
+            here = LocalHost.create(config, spec, hosts.layout, 0, hosts.secret)
+        unit = cls(config, [here, *others], where)
         try:
             return unit, await unit._first(progress)
         except UnitLost as e:
@@ -175,7 +185,8 @@ class Unit:
     async def _start(self, rank: int) -> None:
         """Start the process of a rank. Raises LoadError."""
         placement, portion = self._where()
-        await self._host[rank].start(Start(self.config, rank, placement=placement, portion=portion))
+        sizes = [len(host.ranks) for host in self.hosts] if len(self.hosts) > 1 else []
+        await self._host[rank].start(Start(self.config, rank, hosts=sizes, placement=placement, portion=portion))
         self._expect(rank)
 
     async def _listen(self, host: RankHost) -> None:

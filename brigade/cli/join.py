@@ -1,0 +1,84 @@
+"""`brigade join`: this machine runs its ranks of a unit whose head is elsewhere, until the head ends it."""
+
+import asyncio
+import logging
+import signal
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from brigade.cli.fault import Fault
+from brigade.cli.secret import read_secret
+from brigade.engine.config import JOIN_PORT
+
+if TYPE_CHECKING:
+    from brigade.engine.supervisor import JoinConfig
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def join(
+    head: Annotated[str, typer.Argument(help="Address of the head: HOST or HOST:PORT (an IPv6 host in brackets).")],
+    address: Annotated[str, typer.Option(help="This machine's address, as the head's layout has it.")],
+    secret_file: Annotated[
+        str, typer.Option(help="File with the secret that all hosts share; only its owner may read it.")
+    ],
+    model: Annotated[str, typer.Option(help="This machine's copy of the model. Default: the head's folder.")] = "",
+    wait: Annotated[
+        float, typer.Option(help="Seconds to call a head that does not answer, also after it was lost; 0: for ever.")
+    ] = 600.0,
+    log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LOG_LEVELS)}.")] = "info",
+) -> None:
+    """Run this machine's ranks of a unit; its head says which. Ctrl-C ends them."""
+    if log_level not in LOG_LEVELS:
+        raise Fault(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {log_level}", 2)
+    where, secret = parse_address(head), read_secret(secret_file)
+    from brigade.engine.supervisor import JoinConfig
+
+    try:
+        config = JoinConfig(head=where, address=address, secret=secret, model=model, wait=wait)
+    except ValueError as e:
+        raise Fault(str(e), 2) from e
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    run(config)
+
+
+def run(config: "JoinConfig") -> None:
+    """Supervise until the head ends it or a signal comes. Raises Fault: code 2 if the hosts do not agree."""
+    from brigade.engine.supervisor import HeadMissing, HostRefused
+
+    try:
+        end = asyncio.run(_supervise(config))
+    except HostRefused as e:
+        raise Fault(str(e), 2) from e
+    except HeadMissing as e:
+        raise Fault(str(e)) from e
+    if end:
+        raise Fault(end)
+
+
+async def _supervise(config: "JoinConfig") -> str:
+    """Why the head failed; empty after a good end."""
+    from brigade.engine.supervisor import supervise
+
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(supervise(config))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        goodbye = await task
+    except asyncio.CancelledError:
+        return ""
+    return goodbye.text if goodbye.failed else ""
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """HOST, HOST:PORT, [IPv6] or [IPv6]:PORT. Raises Fault."""
+    host, port = text, str(JOIN_PORT)
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        port = rest.removeprefix(":") or port
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    if not host or not port.isdigit() or not 0 < int(port) <= 65535:
+        raise Fault(f"'{text}' is no address; write it like 10.0.0.1, 10.0.0.1:{JOIN_PORT} or [fe80::1]", 2)
+    return host, int(port)

@@ -1,0 +1,217 @@
+"""The supervisor of one host: joins the head, runs ranks under its orders, and joins again when it was cut off.
+
+Life of a supervisor:
+1. call the head until it answers, at most `wait` seconds
+2. agree with it (`brigade.engine.terms`); a refusal ends the supervisor
+3. start, stop and end ranks as told; what they say goes to the head
+4. the head is gone or silent: all ranks end at once, and the supervisor goes back to 1
+5. the head says goodbye: the ranks end, and so does the supervisor
+
+It starts with nothing after every loss: the others have formed without its ranks, so nothing that they hold is of use.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from brigade.comm.channel import ChannelBroken
+from brigade.comm.handshake import Refused
+from brigade.comm.link import Link, LinkLost, call, checked_secret
+from brigade.comm.meeting import Address
+from brigade.engine.config import DEMO_MODEL, EngineConfig
+from brigade.engine.host_messages import (
+    Begin,
+    EndRanks,
+    Goodbye,
+    Heard,
+    Join,
+    Joined,
+    KillRank,
+    RankEnded,
+    RanksEnded,
+    Refusal,
+    StartRank,
+    Stop,
+    Terms,
+    ToRank,
+    ToSupervisor,
+)
+from brigade.engine.local_host import Ended, LocalHost
+from brigade.engine.messages import Failed, Start
+from brigade.engine.output import LoadError
+from brigade.engine.terms import model_terms, versions
+from brigade.spec.config import BadConfig, read_spec
+from brigade.spec.layout import Host, Layout
+
+log = logging.getLogger("brigade.supervisor")
+
+SILENCE_S = 2.0
+"""Seconds without a beat after which the head counts as gone."""
+_CALL_S = 1.0
+"""A call across a cut cable is not answered at all; a short wait finds the head soon after the cable is back."""
+_RETRY_S = 0.2
+_ANSWER_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinConfig:
+    """How one host joins a unit. Raises ValueError for values that cannot work."""
+
+    head: Address
+    address: str
+    """This host's address in the head's layout; its ranks listen on it."""
+    secret: bytes = field(repr=False)
+    model: str = ""
+    """This host's copy of the model; empty: the same folder as on the head."""
+    wait: float = 600.0
+    """Seconds that it calls a head that does not answer, at the start and after each loss; 0: for ever."""
+    terms: Mapping[str, str] = field(default_factory=dict)
+    """What this host expects of the head by `terms.layout_terms`, if it knows: from its own deployment file."""
+
+    def __post_init__(self) -> None:
+        checked_secret(self.secret)
+        if not self.wait >= 0:
+            raise ValueError(f"wait must be 0 or more seconds, not {self.wait}")
+
+
+class HostRefused(Exception):
+    """This host and the head do not agree, or have another secret. Trying again does not help."""
+
+
+class HeadMissing(Exception):
+    """No head answered in time."""
+
+
+async def supervise(config: JoinConfig) -> Goodbye:
+    """Run the ranks of this host until the head ends. Raises HostRefused, HeadMissing; no process is left then."""
+    while True:
+        link = await _reach(config)
+        try:
+            folder = await _agree(config, link)
+            log.info("joined the head at %s", link.peer)
+            return await _Ranks(config, folder, link).obey()
+        except (LinkLost, ChannelBroken) as e:
+            log.error("the head is gone, and the ranks of this host were ended: %s", e)
+        except TimeoutError:
+            log.warning("the head at %s does not go on; calling it again", link.peer)
+        finally:
+            await link.close()
+        await asyncio.sleep(_RETRY_S)
+
+
+async def _reach(config: JoinConfig) -> Link[Any]:
+    began, where = time.monotonic(), f"the head at {config.head[0]}:{config.head[1]}"
+    while True:
+        try:
+            return await call(config.head, config.secret, ToSupervisor, silence=SILENCE_S, deadline=_CALL_S)
+        except Refused as e:
+            raise HostRefused(f"{where}: {e}") from e
+        except OSError as e:
+            if config.wait and time.monotonic() - began >= config.wait:
+                raise HeadMissing(f"{where} did not answer for {config.wait:g} s: {e}") from e
+        await asyncio.sleep(_RETRY_S)
+
+
+async def _agree(config: JoinConfig, link: Link[Any]) -> Path:
+    """Come to terms with the head; the model folder of this host. Raises HostRefused, LinkLost, TimeoutError."""
+    async with asyncio.timeout(_ANSWER_S):
+        terms = await link.receive()
+    if not isinstance(terms, Terms):
+        raise ChannelBroken(f"{link.peer}: {type(terms).__name__} before Terms")
+    folder = Path(config.model or terms.model or DEMO_MODEL)
+    values = {**versions(), **config.terms, **await asyncio.to_thread(model_terms, folder)}
+    link.send(Join(config.address, values, time.time()))
+    async with asyncio.timeout(_ANSWER_S):
+        answer = await link.receive()
+    match answer:
+        case Joined():
+            return folder
+        case Refusal(text, again=False):
+            raise HostRefused(text)
+        case Refusal(text):
+            raise ChannelBroken(text)
+        case Goodbye(text):
+            raise LinkLost(f"{link.peer}: {text}")
+    raise ChannelBroken(f"{link.peer}: {type(answer).__name__} before Joined")
+
+
+class _Ranks:
+    """What runs here for one head, as long as the link to it holds."""
+
+    def __init__(self, config: JoinConfig, folder: Path, link: Link[Any]) -> None:
+        self._config, self._folder, self._link = config, folder, link
+        self._engine: EngineConfig
+        self._host: LocalHost | None = None
+        self._why_not = "no Begin came"
+        self._ear: asyncio.Task[None] | None = None
+
+    async def obey(self) -> Goodbye:
+        """Do as told until the head says goodbye. Raises LinkLost, ChannelBroken. Nothing runs afterwards."""
+        try:
+            while True:
+                order = await self._link.receive()
+                if isinstance(order, Goodbye):
+                    return order
+                await self._do(order)
+        finally:
+            if self._host is not None:
+                for rank in self._host.ranks:
+                    self._host.kill(rank)  # they may wait for ranks of other hosts; nobody needs them any more
+            await self._end()
+
+    async def _do(self, order: ToSupervisor) -> None:
+        match order:
+            case Begin(config, hosts, host):
+                await self._end()
+                self._begin(config, Layout(tuple(Host(address, n) for address, n in hosts)), host)
+            case StartRank(start):
+                await self._start(start)
+            case EndRanks():
+                self._link.send(RanksEnded(await self._end()))
+            case ToRank(rank, messages) if self._host:
+                self._host.send(rank, *messages)
+            case Stop(generation, culprits) if self._host:
+                self._host.stop(generation, culprits)
+            case KillRank(rank) if self._host:
+                self._host.kill(rank)
+            case ToRank() | Stop() | KillRank():
+                return  # the memory could not be made, so nothing runs; StartRank says why
+            case _:
+                raise ChannelBroken(f"{self._link.peer}: unexpected {type(order).__name__}")
+
+    def _begin(self, config: EngineConfig, layout: Layout, host: int) -> None:
+        self._engine = replace(config, model=str(self._folder))
+        try:
+            self._host = LocalHost.create(self._engine, read_spec(self._folder), layout, host, self._config.secret)
+        except (BadConfig, LoadError) as e:
+            self._why_not = str(e)
+            return
+        self._ear = asyncio.create_task(self._listen(self._host))
+
+    async def _start(self, start: Start) -> None:
+        try:
+            if self._host is None:
+                raise LoadError(f"host {self._config.address}: {self._why_not}")
+            await self._host.start(msgspec.structs.replace(start, config=self._engine))
+        except LoadError as e:
+            self._link.send(Heard(start.rank, Failed(str(e))), RankEnded(start.rank, "it was not started"))
+
+    async def _listen(self, host: LocalHost) -> None:
+        while True:
+            rank, said = await host.receive()
+            self._link.send(RankEnded(rank, said.how) if isinstance(said, Ended) else Heard(rank, said))
+
+    async def _end(self) -> dict[int, str]:
+        """End all processes; says how each ended."""
+        host, self._host = self._host, None
+        if self._ear is not None:
+            self._ear.cancel()
+            await asyncio.gather(self._ear, return_exceptions=True)
+            self._ear = None
+        return await host.end() if host is not None else {}
