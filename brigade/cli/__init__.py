@@ -1,4 +1,4 @@
-"""The command line: `brigade serve`, `join`, `chat`, `bench`, `experts`, `doctor`. Reads options, shows results.
+"""The command line: `brigade serve`, `join`, `chat` and so on. Reads options and shows results; decides nothing else.
 
 Modules here import only typer and the standard library at the top, so that --help and --version answer at once.
 """

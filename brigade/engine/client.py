@@ -315,7 +315,9 @@ class Engine:
         """Start a unit and wait until it is ready. Raises LoadError."""
         ranks = self.config.ranks
         others = self._rendezvous.hosts if self._rendezvous else []
-        self._unit, self.ready = await Unit.start(self.config, self.spec, progress, self.experts.where, self._hosts, others)
+        self._unit, self.ready = await Unit.start(
+            self.config, self.spec, progress, self.experts.where, self._hosts, others
+        )
         pages = self.ready.n_pages // ranks
         self._router = Router(self.spec, ranks, self.config.max_running, self.ready.page, pages)
         self._stepped = time.monotonic()
