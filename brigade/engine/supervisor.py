@@ -107,6 +107,7 @@ async def supervise(config: JoinConfig) -> Goodbye:
 
 async def _reach(config: JoinConfig) -> Link[Any]:
     began, where = time.monotonic(), f"the head at {config.head[0]}:{config.head[1]}"
+    log.info("calling %s", where)
     while True:
         try:
             return await call(config.head, config.secret, ToSupervisor, silence=SILENCE_S, deadline=_CALL_S)

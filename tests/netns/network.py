@@ -4,6 +4,7 @@ Nothing of this machine's own network is touched, and nothing outside can be rea
 """
 
 import ctypes
+import itertools
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 _PREFIX = "brgd"
 _CLONE_NEWNET = 0x40000000
+_numbers = itertools.count()
 
 
 def why_not() -> str:
@@ -43,7 +45,7 @@ class Network:
 
     def __init__(self, n: int) -> None:
         self.addresses = [f"10.77.0.{i + 1}" for i in range(n)]
-        own = f"{_PREFIX}{os.getpid()}x"
+        own = f"{_PREFIX}{os.getpid()}x{next(_numbers)}x"
         self._switch, self._names = f"{own}s", [f"{own}{i}" for i in range(n)]
         self._threads: dict[int, ThreadPoolExecutor] = {}
 
