@@ -37,7 +37,8 @@ TEST_ONLY = {"transformers", "pytest", "hypothesis", "openai", "schemathesis", "
 WITHOUT_TORCH = {
     *("brigade", "brigade.__main__"),
     *(f"brigade.engine.{m}" for m in ("client", "tokenizer", "output", "config", "messages")),
-    *("brigade.comm.group", "brigade.comm.segment"),
+    *("brigade.comm.group", "brigade.comm.segment", "brigade.comm.link"),
+    *("brigade.engine.supervisor", "brigade.engine.rendezvous"),
 }
 WITHOUT_TORCH_FOLDERS = {"spec", "core", "serve", "cli"}
 

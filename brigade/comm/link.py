@@ -43,6 +43,11 @@ _PURPOSE = hashlib.sha256(b"brigade: a link between hosts").digest()
 class LinkLost(ConnectionError):
     """The other side is gone, or as good as gone."""
 
+    def __init__(self, why: str, silent: float = 0.0) -> None:
+        super().__init__(why)
+        self.silent = silent
+        """Seconds that it may have been gone for before this was noticed."""
+
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
     """Says that this side lives; never seen outside this module."""
@@ -69,7 +74,7 @@ class Link(Generic[In]):
     async def receive(self) -> In:
         """The next message. Raises LinkLost, which says why, once all that came before is taken."""
         if self._lost is not None and self._came.empty():
-            raise LinkLost(str(self._lost))
+            raise LinkLost(str(self._lost), self._lost.silent)
         message = await self._came.get()
         if isinstance(message, LinkLost):
             raise message
@@ -109,13 +114,13 @@ class Link(Generic[In]):
             n_silent = n_silent + 1 if self._n_heard == n_heard else 0
             n_heard = self._n_heard
             if n_silent >= round(self._silence / BEAT_EVERY):
-                self._lose(f"nothing came for {n_silent * BEAT_EVERY:.1f} s")
+                self._lose(f"nothing came for {n_silent * BEAT_EVERY:.1f} s", silent=(n_silent + 1) * BEAT_EVERY)
             elif self._writer.transport.get_write_buffer_size() > MAX_UNSENT:
                 self._lose("it does not read what is sent")
 
-    def _lose(self, why: str, abort: bool = True) -> None:
+    def _lose(self, why: str, abort: bool = True, silent: float = 0.0) -> None:
         if self._lost is None:
-            self._lost = LinkLost(f"{self.peer}: {why}")
+            self._lost = LinkLost(f"{self.peer}: {why}", silent)
             self._came.put_nowait(self._lost)
         if abort:
             self._writer.transport.abort()

@@ -28,7 +28,7 @@ def never() -> None:
 _HANDSHAKE_S = 2.0
 _RETRY_S = 0.05
 _MAX_CALLERS = 64
-"""Handshakes at a time; more callers wait their turn in the listening socket's queue."""
+"""Handshakes at a time. One more ends the oldest: silent callers cannot keep ranks apart."""
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
@@ -56,7 +56,10 @@ class _Meeting:
     why: dict[int, str] = field(default_factory=dict)
     """The last trouble with each rank that was called."""
     over: threading.Event = field(default_factory=threading.Event)
-    callers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_MAX_CALLERS))
+    callers: dict[socket.socket, None] = field(default_factory=dict)
+    """Whose handshake is under way, oldest first."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of `callers`."""
 
     def hello(self) -> Hello:
         me = self.me
@@ -109,13 +112,17 @@ class _Meeting:
         """Take callers until the meeting is over."""
         listener.settimeout(0.1)
         while not self.over.is_set():
-            if not self.callers.acquire(timeout=0.1):
-                continue
             try:
                 sock, _ = listener.accept()
             except OSError:  # nobody called, the caller left again, or the meeting closed the socket
-                self.callers.release()
                 continue
+            with self.lock:
+                if len(self.callers) >= _MAX_CALLERS:
+                    oldest = next(iter(self.callers))
+                    del self.callers[oldest]
+                    with contextlib.suppress(OSError):  # it left by itself
+                        oldest.shutdown(socket.SHUT_RDWR)  # its thread sees the end and closes it
+                self.callers[sock] = None
             threading.Thread(target=self.answer, args=(sock,), daemon=True).start()
 
     def answer(self, sock: socket.socket) -> None:
@@ -132,7 +139,8 @@ class _Meeting:
         except OSError:  # silent, gone, or not one of us: whoever does not know the secret ends nothing
             sock.close()
         finally:
-            self.callers.release()
+            with self.lock:
+                self.callers.pop(sock, None)
 
 
 def meet(

@@ -350,8 +350,8 @@ class Engine:
         try:
             while True:
                 match await unit.receive():
-                    case Broken(rank, why):
-                        self._on_broken(rank, why)
+                    case Broken(rank, why, unnoticed):
+                        self._on_broken(rank, why, unnoticed)
                     case Whole(ready):
                         self._on_whole(ready)
                     case (rank, message):
@@ -370,7 +370,7 @@ class Engine:
             log.error("what was left of it was ended: %s", ends)
         return served
 
-    def _on_broken(self, rank: int, why: str) -> None:
+    def _on_broken(self, rank: int, why: str, unnoticed: float) -> None:
         """A rank is lost: its requests end now, those of the others if the unit is not whole again in time."""
         self._up.clear()
         self.experts.lost()
@@ -385,7 +385,7 @@ class Engine:
         self._broken_at.setdefault(rank, time.monotonic())
         if self._patience is None:
             loop = asyncio.get_running_loop()
-            self._patience = loop.call_later(self.config.rank_deadline, self._give_up_survivors)
+            self._patience = loop.call_later(self.config.rank_deadline - unnoticed, self._give_up_survivors)
 
     def _give_up_survivors(self) -> None:
         """The other ranks have waited for long enough: their requests end, too. The replacement goes on."""

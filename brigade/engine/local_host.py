@@ -26,6 +26,8 @@ class Ended:
 
     how: str
     """Such as "killed by SIGKILL"."""
+    unnoticed: float = 0.0
+    """Seconds that it may have been gone for before anybody could notice: its host may be cut off."""
 
 
 class RankHost(Protocol):

@@ -75,13 +75,13 @@ class RemoteHost:
             case _:
                 raise ChannelBroken(f"unexpected {type(message).__name__}")
 
-    def gone(self, why: str) -> None:
-        """The link is lost, and with it all that ran there."""
+    def gone(self, why: str, unnoticed: float = 0.0) -> None:
+        """The link is lost, and with it all that ran there; perhaps for so many seconds already."""
         self._link, self._begun = None, False
         self.joined.clear()
         how = f"its host {self.address} is gone: {why}"
         for rank in sorted(self._running):
-            self._heard.put_nowait((rank, Ended(how)))
+            self._heard.put_nowait((rank, Ended(how, unnoticed)))
         if self._ends is not None and not self._ends.done():
             self._ends.set_result(dict.fromkeys(self._running, how))
         self._running.clear()

@@ -142,15 +142,15 @@ class Rendezvous:
     async def _hold(self, host: RemoteHost, link: Link[FromSupervisor]) -> None:
         log.info("%s joined", host.name)
         host.join(link)
-        why = "the head was closed"
+        why, unnoticed = "the head was closed", 0.0
         try:
             while True:
                 host.take(await link.receive())
         except (LinkLost, ChannelBroken) as e:
-            why = str(e)
+            why, unnoticed = str(e), e.silent if isinstance(e, LinkLost) else 0.0
             log.log(logging.INFO if self._closing else logging.ERROR, "%s is gone: %s", host.name, why)
         finally:
-            host.gone(why)
+            host.gone(why, unnoticed)
 
     def _on_differs(self, peer: str, error: Differs) -> None:
         text = f"a host at {peer} cannot be part of this unit: {error}"

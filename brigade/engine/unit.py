@@ -61,6 +61,8 @@ class Broken:
     rank: int
     why: str
     """Names it and says how it ended."""
+    unnoticed: float = 0.0
+    """Seconds for which nobody could notice it."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,8 @@ class Unit:
 
     def _take(self, rank: int, message: FromWorker | Ended) -> None:
         match message:
-            case Ended(how):
-                self._on_end(rank, how)
+            case Ended(how, unnoticed):
+                self._on_end(rank, how, unnoticed)
             case Loading():
                 self._expect(rank)
                 self._events.put_nowait((rank, message))
@@ -253,7 +255,7 @@ class Unit:
             self.kill(rank, lost.message)
         self._form_if_due()  # if it blames nobody, all try again
 
-    def _on_end(self, rank: int, how: str) -> None:
+    def _on_end(self, rank: int, how: str, unnoticed: float) -> None:
         """A process is gone: stop the generation for its sake, and start another one."""
         self._expect_nothing(rank)
         self._loaded.pop(rank, None)
@@ -263,7 +265,7 @@ class Unit:
         if not self._members:
             self._events.put_nowait(UnitLost(self._named(rank, why)))
             return
-        self._tell_broken(rank, self._named(rank, why))
+        self._tell_broken(rank, self._named(rank, why), unnoticed)
         self._spawn(self._replace(rank))
 
     def _stop(self, culprits: Iterable[int]) -> None:
@@ -273,10 +275,10 @@ class Unit:
         for host in self.hosts:
             host.stop(self.generation, culprits)
 
-    def _tell_broken(self, rank: int, why: str) -> None:
+    def _tell_broken(self, rank: int, why: str, unnoticed: float = 0.0) -> None:
         if rank not in self._told:
             self._told.add(rank)
-            self._events.put_nowait(Broken(rank, why))
+            self._events.put_nowait(Broken(rank, why, unnoticed))
 
     async def _replace(self, rank: int) -> None:
         """Start another process for a rank, again and again if none can be started."""

@@ -33,7 +33,7 @@ def test_python_dash_m_brigade_is_the_command() -> None:
 def test_help_lists_the_commands() -> None:
     code, out, _ = invoke("--help")
     assert code == 0
-    assert all(command in out for command in ("serve", "chat", "bench", "experts", "doctor"))
+    assert all(command in out for command in ("serve", "join", "chat", "bench", "experts", "doctor"))
 
 
 def test_showing_help_imports_nothing_heavy() -> None:
@@ -43,7 +43,7 @@ def test_showing_help_imports_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "bench", "experts", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "join", "chat", "bench", "experts", "doctor"])
 def test_every_command_has_help_and_refuses_unknown_options(command: str) -> None:
     assert invoke(command, "--help")[0] == 0
     assert invoke(command, "--no-such-option")[0] == 2
@@ -74,6 +74,9 @@ def test_help_says_that_command_lines_are_no_place_for_a_key(command: str) -> No
         (("--host", "0.0.0.0"), "refusing to listen on 0.0.0.0 without an API key"),
         (("--api-key", "short"), "the API key has 5 characters"),
         (("--name", ""), "served model name is empty"),
+        (("--hosts", "10.0.0.1=1"), "--hosts needs --secret-file"),
+        (("--hosts", "10.0.0.1", "--secret-file", "x"), "--hosts: '10.0.0.1' must be like 10.0.0.1=4,10.0.0.2=4"),
+        (("--hosts", "a=1,b=1", "--secret-file", "/gone"), "/gone: the secret cannot be read (No such file"),
         (("--log-level", "loud"), "--log-level must be one of debug, info, warning, error, not loud"),
     ],
 )

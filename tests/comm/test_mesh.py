@@ -101,6 +101,16 @@ def test_silent_and_babbling_clients_neither_block_nor_crash_the_meeting() -> No
         thing.close()
 
 
+def test_idle_connections_that_were_there_first_do_not_keep_ranks_apart() -> None:
+    socks = listeners(2)
+    silent = [socket.create_connection(socks[0].getsockname()) for _ in range(64)]
+    begun = time.monotonic()
+    meshes = [f.result(5) for f in start(socks)]
+    assert time.monotonic() - begun < 1.5
+    for thing in (*silent, *meshes):
+        thing.close()
+
+
 def test_a_hello_cut_or_flipped_anywhere_is_turned_away() -> None:
     socks = listeners(2)
     address = socks[0].getsockname()
