@@ -76,18 +76,20 @@ class Rendezvous:
     async def wait(self) -> None:
         """Until all hosts have joined. Raises LoadError at the deadline, which names who is missing, or when a host of
         the layout was refused."""
-        all_there = asyncio.gather(*(host.joined.wait() for host in self.hosts))
-        done, _ = await asyncio.wait(
-            (all_there, self._refused), timeout=self._wait, return_when=asyncio.FIRST_COMPLETED
-        )
-        if not all_there.done():
-            all_there.cancel()
+        all_there = asyncio.create_task(self._all_there())
+        both = (all_there, self._refused)
+        done, _ = await asyncio.wait(both, timeout=self._wait, return_when=asyncio.FIRST_COMPLETED)
+        all_there.cancel()
         if self._refused in done:
             raise LoadError(self._refused.result())
         if not done:
             missing = ", ".join(h.name for h in self.hosts if not h.joined.is_set())
             raise LoadError(f"did not join within {self._wait:g} s: {missing}; run `brigade join` there")
         self._complete = True
+
+    async def _all_there(self) -> None:
+        while missing := [host for host in self.hosts if not host.joined.is_set()]:
+            await missing[0].joined.wait()
 
     async def close(self, text: str = "the head was ended", failed: bool = False) -> None:
         """Send all hosts away and stop listening."""

@@ -93,6 +93,13 @@ class Network:
         """The carrier stays, and packets vanish: a dead switch."""
         self._port(host, "nomaster")
 
+    def part(self, one: int, other: int) -> None:
+        """Packets from one host to another vanish; both still reach the rest."""
+        _ip("-n", self._names[one], "route", "add", "blackhole", f"{self.addresses[other]}/32")
+
+    def join(self, one: int, other: int) -> None:
+        _ip("-n", self._names[one], "route", "del", "blackhole", f"{self.addresses[other]}/32")
+
     def _port(self, host: int, *what: str) -> None:
         _ip("-n", self._switch, "link", "set", f"p{host}", *what)
 

@@ -156,6 +156,20 @@ def test_a_cable_that_is_cut_and_healed(pair: Unit, expected: str, fault: str) -
     print(f"{fault}: noticed {noticed:.1f} s, last client {last:.1f} s, serving {again:.1f} s after healing")
 
 
+def test_two_hosts_that_reach_the_head_and_not_each_other(expected: str, tmp_path: Path) -> None:
+    with network(3) as net, unit_on(net, [1, 1, 1], tmp_path) as unit:
+        net.part(1, 2)
+        began = time.monotonic()
+        reply = unit.post({**LONG, "stream": False})
+        assert reply.status_code == 503, reply.text
+        assert time.monotonic() - began < 2 * DEADLINE + 1, "the ranks' deadline, and that of those who wait"
+        assert unit.get("/ready") == 503
+        assert re.search("lost and being replaced: .*rank [12]", unit.log())
+        net.join(1, 2)
+        until(lambda: unit.get("/ready") == 200, 60, "ready again")
+        assert unit.text() == expected
+
+
 def test_no_namespace_is_left_behind_when_a_test_fails() -> None:
     def namespaces() -> set[str]:
         listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True, timeout=20)
