@@ -21,6 +21,7 @@ from brigade.spec.layout import Layout
 
 MAX_CLOCK_S = 5.0
 """Seconds that the clocks of two hosts may be apart: logs of several hosts are read side by side."""
+_ALWAYS = ("Brigade version", "message version", "model")
 _OWN = ("model", "threads")
 """Settings that may differ from host to host."""
 _MAX_HEADER = 100 << 20
@@ -71,11 +72,15 @@ def model_digest(folder: Path) -> str:
 
 
 def differences(head: Mapping[str, str], host: Mapping[str, str], name: str) -> str:
-    """What two hosts state differently, with both values; empty if they agree. `name` is the host's."""
+    """What two hosts state differently, with both values; empty if they agree. `name` is the host's.
+
+    Versions and model must be stated; the rest only by a host that knows it.
+    """
+    stated = {**dict.fromkeys(_ALWAYS, "not stated"), **host}
     return "; ".join(
-        f"{term}: {head[term]} on the head, {host[term]} on {name}"
-        for term in host
-        if term in head and head[term] != host[term]
+        f"{term}: {head[term]} on the head, {stated[term]} on {name}"
+        for term in head
+        if term in stated and head[term] != stated[term]
     )
 
 

@@ -52,7 +52,7 @@ async def reach(head: Rendezvous) -> Link[Any]:
 async def joined(head: Rendezvous) -> Link[Any]:
     link = await reach(head)
     assert isinstance(await link.receive(), Terms)
-    link.send(Join("127.0.0.2", {}, time.time()))
+    link.send(Join("127.0.0.2", head._terms, time.time()))
     assert await link.receive() == Joined()
     assert await until(head.hosts[0].joined.is_set, 1)
     return link
@@ -141,7 +141,7 @@ async def test_who_knows_the_secret_and_talks_nonsense_loses_its_own_link_alone(
         await bad.close()
     assert head.hosts[0].joined.is_set()
     second = await reach(head)
-    second.send(Join("127.0.0.2", {}, time.time()))
+    second.send(Join("127.0.0.2", head._terms, time.time()))
     assert isinstance(await next_of(second.receive()), Terms)
     assert await next_of(second.receive()) == Refusal("host 127.0.0.2 has joined already", again=True)
     await second.close()

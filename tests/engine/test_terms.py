@@ -62,7 +62,12 @@ async def test_another_layout_and_other_settings() -> None:
 
 
 async def test_a_host_that_expects_the_same_is_not_refused() -> None:
-    assert differences(layout_terms(LAYOUT, CONFIG), layout_terms(LAYOUT, CONFIG), "x") == ""
+    same = {**terms.versions(), **terms.model_terms(DEMO_MODEL), **layout_terms(LAYOUT, CONFIG)}
+    assert differences(same, same, "x") == ""
+    must = {**terms.versions(), **terms.model_terms(DEMO_MODEL)}
+    assert differences(same, must, "x") == "", "it may not know the layout"
+    for term in must:
+        assert "not stated on x" in differences(same, {k: v for k, v in must.items() if k != term}, "x")
     assert "threads" not in layout_terms(LAYOUT, CONFIG), "each host has cores of its own"
 
 
