@@ -195,6 +195,21 @@ def test_a_supervisor_ends_a_wait_and_a_meeting_and_says_who_is_to_blame() -> No
         mesh.close()
 
 
+def test_a_rank_that_waits_for_the_lost_one_is_not_taken_for_lost_by_a_third() -> None:
+    """Rank 1 says nothing; rank 0 waits for it, and rank 2, which began to wait first, for both."""
+    meshes = [f.result(5) for f in start(listeners(3), deadline=2)]
+    with ThreadPoolExecutor(2) as pool:
+        third = pool.submit(meshes[2].share, [1])
+        time.sleep(0.2)
+        second = pool.submit(meshes[0].collect, 8, [1])
+        for waiting in (second, third):
+            with pytest.raises(PeerLost) as e:
+                waiting.result(3)
+            assert e.value.ranks == (1,)
+    for mesh in meshes:
+        mesh.close()
+
+
 def test_a_group_that_lost_a_rank_says_so_again_at_once() -> None:
     meshes = [f.result(5) for f in start(listeners(3), deadline=0.4)]
     for _ in range(2):
