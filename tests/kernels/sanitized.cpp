@@ -254,6 +254,21 @@ static void run_norm_and_route(Pool* pool) {
     }
 }
 
+static void run_wire(Pool* pool) {
+  for (int64_t dim : {1, 24, 128, 137, 300})
+    for (int32_t kind : {WIRE_INT8, WIRE_FP8})
+      for (int64_t n : {0, 1, 5}) {
+        const int64_t row_bytes = WireRows{dim, kind}.row_bytes();
+        Array<bf16> x(n * dim), out(n * dim);
+        Array<uint8_t> rows(n * row_bytes);
+        Array<int64_t> index(n);
+        fill(x);
+        for (int64_t i = 0; i < n; i++) index.data[i] = n - 1 - i;
+        wire_encode(pool, x.data, dim, n, dim, kind, rows.data);
+        wire_decode(pool, rows.data, n, index.data, n, dim, kind, out.data, dim);
+      }
+}
+
 int main() {
   for (int n_threads : {1, 2}) {
     Pool* pool = pool_new(n_threads);
@@ -266,6 +281,7 @@ int main() {
     }
     run_attention_alone(pool);
     run_norm_and_route(pool);
+    run_wire(pool);
     run_experts(pool, INT4);
     pool_free(pool);
   }

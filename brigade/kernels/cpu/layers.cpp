@@ -9,6 +9,7 @@
 #include "quantize.h"
 #include "rows.h"
 #include "tiles.h"
+#include "wire.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -315,5 +316,28 @@ EXPORT void add_weighted(Pool* pool, const float* y, int64_t dim, const int32_t*
   };
   Pool::Job& job = pool->open();
   job.phase(n_tokens, add);
+  pool->run(job);
+}
+
+// ---- Rows on their way to other ranks
+
+// x [n][stride] to rows of bytes; see wire.h.
+EXPORT void wire_encode(Pool* pool, const bf16* x, int64_t stride, int64_t n, int64_t dim, int32_t kind, uint8_t* to) {
+  const WireRows wire{dim, kind};
+  auto encode = [&](int64_t i) { wire.encode(x + i * stride, to + i * wire.row_bytes()); };
+  Pool::Job& job = pool->open();
+  job.phase(n, encode);
+  pool->run(job);
+}
+
+// out [n][stride]: row index[i] of n_rows as numbers.
+EXPORT void wire_decode(Pool* pool, const uint8_t* rows, int64_t n_rows, const int64_t* index, int64_t n, int64_t dim, int32_t kind,
+                        bf16* out, int64_t stride) {
+  const WireRows wire{dim, kind};
+  auto decode = [&](int64_t i) {
+    wire.decode(rows + std::clamp<int64_t>(index[i], 0, n_rows - 1) * wire.row_bytes(), out + i * stride);
+  };
+  Pool::Job& job = pool->open();
+  job.phase(n, decode);
   pool->run(job);
 }

@@ -85,6 +85,8 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "gqa": (_P, POINTER(Gqa), POINTER(Step), _P, _L, _P),
     "norm_and_route": (_P, _P, _L, _P, c_float, _L, _L, _P, _L, POINTER(Gate), _P, _P, _L),
     "add_weighted": (_P, _P, _L, _P, _P, _L, _L, _P, _L, _L),
+    "wire_encode": (_P, _P, _L, _L, _L, c_int32, _P),
+    "wire_decode": (_P, _P, _L, _P, _L, _L, c_int32, _P, _L),
     "experts": (_P, _P, _L, _P, _P, _P, _L, _L, _L, _L, POINTER(Matrix), POINTER(Matrix)),
 }
 
