@@ -23,7 +23,7 @@ from brigade.cli.fault import Fault, one_line
 from brigade.cli.machine import port_problem
 from brigade.cli.secret import read_secret
 from brigade.cli.units import parse_size
-from brigade.engine.config import DEMO_MODEL, JOIN_PORT, Dtype, EngineConfig, HostsConfig, Weights
+from brigade.engine.config import DEMO_MODEL, JOIN_PORT, Dtype, EngineConfig, HostsConfig, Weights, Wire
 from brigade.serve.config import ConfigError, ServeConfig
 from brigade.spec.layout import Host, Layout
 
@@ -81,6 +81,9 @@ def serve(
         float,
         typer.Option(help="Seconds between two looks at the experts' loads, to even them over the ranks; 0: never."),
     ] = _ENGINE.rebalance,
+    wire: Annotated[
+        str, typer.Option(help="How rows travel to experts: auto (exactly), or rounded to bf16, int8 or fp8.")
+    ] = _ENGINE.wire,
     threads: Annotated[
         int, typer.Option(help="CPU threads of a rank; 0: all cores, shared by the ranks.")
     ] = _ENGINE.threads,
@@ -124,6 +127,7 @@ def serve(
             redundant_experts=redundant_experts,
             rebalance=rebalance,
             ranks=several.layout.n_ranks if several and ranks == _ENGINE.ranks else ranks,
+            wire=cast(Wire, wire),
             threads=threads,
             rank_deadline=rank_deadline,
             step_deadline=step_deadline,

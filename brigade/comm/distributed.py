@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._C._distributed_c10d import AllToAllOptions, PrefixStore, ProcessGroupGloo, Store
 
-from brigade.comm.exchange import LANES, Bounds, Turns, raw
+from brigade.comm.exchange import LANES, Bounds, Turns
 from brigade.comm.group import MAX_SHARED, PeerLost, checked, checked_deadline
+from brigade.comm.wire import Rows, Wire, raw
 
 _OF_DEADLINE = 0.6
 """Share of the deadline that a collective gets; what is left is for finding out who is lost."""
@@ -101,8 +102,8 @@ class DistributedExchange:
     """ExpertExchange by collectives. A row travels once per (token, k) pair. finish_dispatch holds two of its three
     collectives, since sizes must be known first: this is the reference, not the fast way."""
 
-    def __init__(self, group: DistributedGroup, bounds: Sequence[int], width: int, k: int, dtype: torch.dtype) -> None:
-        self._bounds = Bounds(bounds, group.size, width, k, dtype)
+    def __init__(self, group: DistributedGroup, bounds: Sequence[int], k: int, wire: Wire) -> None:
+        self._bounds = Bounds(bounds, group.size, k, wire)
         self._group, self._turns = group, Turns()
         self._lanes = [_Lane() for _ in range(LANES)]
 
@@ -114,7 +115,7 @@ class DistributedExchange:
         pairs = [self._bounds.pairs(flat, r) for r in ranks]
         order = np.concatenate(pairs)
         at.flat, at.order, at.sent = flat, order, [p.size for p in pairs]
-        at.rows = x_TD.index_select(0, torch.from_numpy(order // self._bounds.k))
+        at.rows = self._bounds.wire.encode(x_TD).take(order // self._bounds.k, axis=0)
         at.counts = torch.empty(self._group.size, dtype=torch.int64)
         one = [1] * self._group.size
         at.data = torch.tensor(at.sent, dtype=torch.int64)
@@ -125,19 +126,20 @@ class DistributedExchange:
         at, group, bounds = self._lanes[lane], self._group, self._bounds
         group.finish(at.work)
         at.got = at.counts.tolist()
-        rows_ND = torch.empty(sum(at.got), bounds.width, dtype=bounds.dtype)
-        slot_N = torch.empty(sum(at.got), dtype=torch.int32)
+        rows_ND, slot_N = bounds.rows(sum(at.got))
+        came = torch.empty(len(rows_ND), bounds.wire.row_bytes, dtype=torch.uint8)
         slots = torch.from_numpy(at.flat[at.order])
         group.finish(group.all_to_all(slot_N, slots, at.got, at.sent))
-        group.finish(group.all_to_all(rows_ND, at.rows, at.got, at.sent))
+        group.finish(group.all_to_all(came, torch.from_numpy(at.rows), at.got, at.sent))
+        bounds.wire.decode(came.numpy(), np.arange(len(came)), rows_ND)
         return rows_ND, slot_N.sub_(bounds.of[group.rank])
 
     def start_combine(self, lane: int, y_ND: Tensor) -> None:
         at = self._lanes[lane]
         self._bounds.check_results(y_ND, sum(at.got))
         self._turns.take(lane, "start_combine")
-        at.data = y_ND.detach().clone()
-        at.back = torch.empty(at.order.size, self._bounds.width, dtype=torch.float32)
+        at.data = y_ND.detach().to(self._bounds.wire.results, copy=True)
+        at.back = torch.empty(at.order.size, self._bounds.width, dtype=at.data.dtype)
         at.work = self._group.all_to_all(at.back, at.data, at.sent, at.got)
 
     def finish_combine(self, lane: int) -> Tensor:
@@ -146,7 +148,7 @@ class DistributedExchange:
         self._group.finish(at.work)
         y_PD = self._bounds.results(at.flat)
         raw(y_PD)[at.order] = raw(at.back)
-        return y_PD.view(-1, self._bounds.k, self._bounds.width)
+        return self._bounds.given(y_PD)
 
 
 class _Lane:
@@ -156,7 +158,7 @@ class _Lane:
     order: NDArray[np.int64]
     sent: list[int]
     got: list[int]
-    rows: Tensor
+    rows: Rows
     counts: Tensor
     data: Tensor
     back: Tensor

@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from brigade.comm.wire import Wire
+
 LANES = 2
 """Micro-batches that may be in flight."""
-DTYPES = (torch.bfloat16, torch.float32)
 
 
 class ExpertExchange(Protocol):
@@ -31,7 +32,8 @@ class ExpertExchange(Protocol):
 
     Every rank makes the same calls in the same order, with any number of tokens, none included. In each lane the order
     is start_dispatch, finish_dispatch, start_combine, finish_combine; anything else is a RuntimeError. The lanes are
-    independent. Rows and results arrive as exact copies. Every finish raises PeerLost at the deadline of its group.
+    independent. Every finish raises PeerLost at the deadline of its group. Rows and results arrive as exact copies, or
+    rounded as the exchange's wire says (brigade.comm.wire), those of a rank's own experts like all others.
 
     Shapes: T own tokens, K slots of a token, N rows to compute here, D width.
     """
@@ -59,13 +61,12 @@ class ExpertExchange(Protocol):
 class Bounds:
     """Which rank holds which slot, and the checks that all backends share."""
 
-    def __init__(self, bounds: Sequence[int], size: int, width: int, k: int, dtype: torch.dtype) -> None:
+    def __init__(self, bounds: Sequence[int], size: int, k: int, wire: Wire) -> None:
         b = [int(i) for i in bounds]
         if len(b) != size + 1 or b[0] != 0 or any(hi < lo for lo, hi in pairwise(b)):
             raise ValueError(f"bounds: {size} ranks need {size + 1} ascending numbers from 0, not {b}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: rows travel as bfloat16 or float32, not {dtype}")
-        self.of, self.size, self.width, self.k, self.dtype = b, size, width, k, dtype
+        self.of, self.size, self.k, self.wire = b, size, k, wire
+        self.width, self.dtype = wire.width, wire.dtype
 
     def check(self, x_TD: Tensor, slots_TK: Tensor) -> NDArray[np.int32]:
         """The slots as a flat array [T * K]. Raises ValueError."""
@@ -90,10 +91,18 @@ class Bounds:
         if y_ND.dtype != torch.float32 or y_ND.shape != (n_rows, self.width):
             raise ValueError(f"y: need float32 [{n_rows}, {self.width}], not {y_ND.dtype} {list(y_ND.shape)}")
 
+    def rows(self, n: int) -> tuple[Tensor, Tensor]:
+        """Room for the rows of n pairs and for their slots."""
+        return torch.empty(n, self.width, dtype=self.dtype), torch.empty(n, dtype=torch.int32)
+
     def results(self, flat: NDArray[np.int32]) -> Tensor:
-        """Where results [T * K, D] of own tokens go; zeros where a slot was -1."""
+        """Where results [T * K, D] of own tokens go, as they travel; zeros where a slot was -1."""
         full = not flat.size or bool(flat.min() >= 0)
-        return (torch.empty if full else torch.zeros)(flat.size, self.width, dtype=torch.float32)
+        return (torch.empty if full else torch.zeros)(flat.size, self.width, dtype=self.wire.results)
+
+    def given(self, y_PD: Tensor) -> Tensor:
+        """Results [T, K, D] as the caller gets them."""
+        return y_PD.float().view(-1, self.k, self.width)
 
 
 class Turns:
@@ -111,10 +120,3 @@ class Turns:
         if call != due:
             raise RuntimeError(f"lane {lane}: {call} called where {due} is due")
         self._next[lane] = (self._next[lane] + 1) % len(self.ORDER)
-
-
-def raw(t: Tensor) -> NDArray[Any]:
-    """The same memory as numpy, bfloat16 as int16: numpy has no bfloat16, and copies need none."""
-    plain = t.view(torch.int16) if t.dtype == torch.bfloat16 else t
-    out: NDArray[Any] = plain.numpy()
-    return out

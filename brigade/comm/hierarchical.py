@@ -11,17 +11,16 @@ same as everywhere.
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brigade.comm.exchange import LANES, Bounds, Turns, raw
+from brigade.comm.exchange import LANES, Bounds, Turns
 from brigade.comm.group import PeerLost
 from brigade.comm.mesh import FIRST_FREE_CHANNEL, Mesh
 from brigade.comm.shared import SharedExchange, SharedGroup
+from brigade.comm.wire import Rows, Wire, raw
 
 _DISPATCH, _COMBINE = FIRST_FREE_CHANNEL + 2 * LANES, FIRST_FREE_CHANNEL + 3 * LANES
 
@@ -56,11 +55,8 @@ class HierarchicalExchange:
     or times all ranks where hosts differ in size. The local group's deadline must be within the mesh's `patience`.
     """
 
-    def __init__(
-        self, mesh: Mesh, local: SharedGroup, sizes: Sequence[int], bounds: Sequence[int], dtype: torch.dtype
-    ) -> None:
-        shape = local.segment.shape
-        self._bounds = Bounds(bounds, mesh.size, shape.width, shape.k, dtype)
+    def __init__(self, mesh: Mesh, local: SharedGroup, sizes: Sequence[int], bounds: Sequence[int], wire: Wire) -> None:
+        self._bounds = Bounds(bounds, mesh.size, local.segment.shape.k, wire)
         self._hosts, self._mesh, self._turns = Hosts(sizes), mesh, Turns()
         first, host = self._hosts.first, self._hosts.of(mesh.rank)
         if first[-1] != mesh.size or first[host] + local.rank != mesh.rank or sizes[host] != local.size:
@@ -71,7 +67,7 @@ class HierarchicalExchange:
             raise ValueError(f"local deadline: must be {mesh.patience:g} s at most, the mesh's patience")
         self._host, self._first, self._local = host, first[host], local
         inside = [b - bounds[self._first] for b in bounds[self._first : first[host + 1] + 1]]
-        self._inside = SharedExchange(local, inside, dtype, n_parts=mesh.size)
+        self._inside = SharedExchange(local, inside, wire, n_parts=mesh.size)
         self._sources = self._hosts.sources(mesh.rank)
         self._lanes = [_Lane() for _ in range(LANES)]
 
@@ -79,7 +75,7 @@ class HierarchicalExchange:
         flat = self._bounds.check(x_TD, slots_TK)
         self._turns.take(lane, "start_dispatch")
         at, slots = self._lanes[lane], flat.reshape(-1, self._bounds.k)
-        at.flat, at.x = flat.copy(), raw(x_TD).copy()
+        at.flat, at.x = flat.copy(), self._bounds.wire.encode(x_TD).copy()
         for host in self._others():
             there = self._there(slots, host)
             tokens = np.flatnonzero((there >= 0).any(1))
@@ -98,9 +94,7 @@ class HierarchicalExchange:
         at.inside = np.concatenate([given[s][0] for s in order])
         counts = [len(given[s][0]) if s in given else 0 for s in range(self._mesh.size)]
         at.ends = list(accumulate(counts))
-        rows = torch.from_numpy(np.concatenate([given[s][1] for s in order]))
-        x = rows.view(torch.bfloat16) if self._bounds.dtype == torch.bfloat16 else rows
-        self._inside.start_dispatch(lane, x, torch.from_numpy(at.inside), at.ends)
+        self._inside.offer(lane, np.concatenate([given[s][1] for s in order]), at.inside.reshape(-1), at.ends)
         try:
             return self._inside.finish_dispatch(lane)
         except PeerLost as e:
@@ -114,7 +108,7 @@ class HierarchicalExchange:
         self._turns.take(lane, "finish_combine")
         at, bounds, mesh = self._lanes[lane], self._bounds, self._mesh
         try:
-            y_TKD = self._inside.finish_combine(lane).numpy()
+            y_TKD = raw(self._inside.results(lane)).reshape(-1, bounds.k, bounds.width)
         except PeerLost as e:
             raise self._lost(e) from e
         held = []  # until collect has sent them
@@ -125,16 +119,16 @@ class HierarchicalExchange:
         proxies = {host: self._hosts.proxy(mesh.rank, host) for host in self._others()}
         came = mesh.collect(_COMBINE + lane, proxies.values())
         y_PD = bounds.results(at.flat)
-        out = y_PD.numpy()
+        out = raw(y_PD)
         lo, hi = at.ends[mesh.rank - 1] if mesh.rank else 0, at.ends[mesh.rank]
         here = self._pairs(at.flat, self._host)
         out[here] = y_TKD[lo:hi].reshape(-1, bounds.width)[here]
         for host, proxy in proxies.items():
             pairs = self._pairs(at.flat, host)
-            if len(came[proxy]) != 4 * pairs.size * bounds.width:
+            if len(came[proxy]) != out.itemsize * pairs.size * bounds.width:
                 raise mesh.lost([proxy], f"sent {len(came[proxy])} bytes of results for {pairs.size} rows")
-            out[pairs] = np.frombuffer(came[proxy], np.float32).reshape(pairs.size, bounds.width)
-        return y_PD.view(-1, bounds.k, bounds.width)
+            out[pairs] = np.frombuffer(came[proxy], out.dtype).reshape(pairs.size, bounds.width)
+        return bounds.given(y_PD)
 
     def _others(self) -> list[int]:
         return [h for h in range(self._hosts.n) if h != self._host]
@@ -151,19 +145,15 @@ class HierarchicalExchange:
         lo, hi = self._range(host)
         return np.flatnonzero((flat >= lo) & (flat < hi))
 
-    def _read(self, source: int, data: bytearray) -> tuple[NDArray[np.int32], NDArray[Any]]:
-        """(slots [n, K], rows [n, D]) that a source sent. Raises PeerLost for what is no dispatch."""
-        k, width, element = (
-            self._bounds.k,
-            self._bounds.width,
-            np.dtype(np.int16 if self._bounds.dtype == torch.bfloat16 else np.float32),
-        )
-        n, rest = divmod(len(data), 4 * k + width * element.itemsize)
+    def _read(self, source: int, data: bytearray) -> tuple[NDArray[np.int32], Rows]:
+        """(slots [n, K], rows [n]) that a source sent. Raises PeerLost for what is no dispatch."""
+        k, row_bytes = self._bounds.k, self._bounds.wire.row_bytes
+        n, rest = divmod(len(data), 4 * k + row_bytes)
         slots = np.frombuffer(data, np.int32, n * k).reshape(n, k)
         lo, hi = self._range(self._host)
         if rest or (n and (slots.min() < -1 or slots.max() >= hi - lo)):
             raise self._mesh.lost([source], f"sent {len(data)} bytes that are no dispatch")
-        return slots, np.frombuffer(data, element, n * width, 4 * n * k).reshape(n, width)
+        return slots, np.frombuffer(data, np.uint8, n * row_bytes, 4 * n * k).reshape(n, row_bytes)
 
     def _lost(self, error: PeerLost) -> PeerLost:
         """With ranks of the unit in place of those of the host. What the mesh knows comes first: a neighbour that does
@@ -177,6 +167,6 @@ class _Lane:
     """What a lane holds between its calls."""
 
     flat: NDArray[np.int32]
-    x: NDArray[Any]
+    x: Rows
     inside: NDArray[np.int32]
     ends: list[int]

@@ -1,20 +1,20 @@
 """Expert exchange over a mesh: a token's row goes once to each rank that computes any of its experts.
 
-dispatch   n_tokens, n_pairs | token of each pair | slot of each pair | rows [n_tokens, D]
-combine    results [n_pairs, D] float32
+dispatch   n_tokens, n_pairs | token of each pair | slot of each pair | rows [n_tokens]
+combine    results [n_pairs, D]
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brigade.comm.exchange import LANES, Bounds, Turns, raw
+from brigade.comm.exchange import LANES, Bounds, Turns
 from brigade.comm.group import PeerLost
 from brigade.comm.mesh import FIRST_FREE_CHANNEL, Mesh
+from brigade.comm.wire import Index, Rows, Wire, raw
 
 _DISPATCH, _COMBINE = FIRST_FREE_CHANNEL, FIRST_FREE_CHANNEL + LANES
 _Flat = NDArray[np.int32]
@@ -23,15 +23,15 @@ _Flat = NDArray[np.int32]
 class MeshExchange:
     """ExpertExchange between hosts. Between start and finish only those bytes move that the kernel took."""
 
-    def __init__(self, mesh: Mesh, bounds: Sequence[int], width: int, k: int, dtype: torch.dtype) -> None:
-        self._bounds = Bounds(bounds, mesh.size, width, k, dtype)
+    def __init__(self, mesh: Mesh, bounds: Sequence[int], k: int, wire: Wire) -> None:
+        self._bounds = Bounds(bounds, mesh.size, k, wire)
         self._mesh, self._turns = mesh, Turns()
         self._lanes = [_Lane() for _ in range(LANES)]
 
     def start_dispatch(self, lane: int, x_TD: Tensor, slots_TK: Tensor) -> None:
         flat = self._bounds.check(x_TD, slots_TK).copy()
         self._turns.take(lane, "start_dispatch")
-        x = raw(x_TD)
+        x = self._bounds.wire.encode(x_TD)
         at = self._lanes[lane]
         at.flat = flat
         at.pairs = [self._bounds.pairs(flat, r) for r in range(self._bounds.size)]
@@ -51,13 +51,12 @@ class MeshExchange:
         came = mesh.collect(_DISPATCH + lane)
         parts = [at.own if r == mesh.rank else self._read(r, came[r]) for r in range(mesh.size)]
         at.starts = np.cumsum([0, *(slots.size for _, slots, _ in parts)])
-        rows_ND = torch.empty(int(at.starts[-1]), bounds.width, dtype=bounds.dtype)
-        slot_N = torch.empty(int(at.starts[-1]), dtype=torch.int32)
-        out, slot = raw(rows_ND), slot_N.numpy()
+        rows_ND, slot_N = bounds.rows(int(at.starts[-1]))
+        slot = slot_N.numpy()
         for source, (token_of_pair, slots, rows) in enumerate(parts):
             lo, hi = at.starts[source : source + 2]
             if hi > lo:
-                np.take(rows, token_of_pair, axis=0, out=out[lo:hi], mode="clip")
+                bounds.wire.decode(rows, token_of_pair, rows_ND[lo:hi])
                 np.subtract(slots, bounds.of[mesh.rank], out=slot[lo:hi])
         return rows_ND, slot_N
 
@@ -65,7 +64,7 @@ class MeshExchange:
         at = self._lanes[lane]
         self._bounds.check_results(y_ND, int(at.starts[-1]))
         self._turns.take(lane, "start_combine")
-        at.y = y_ND.detach().numpy().copy()
+        at.y = raw(y_ND.detach().to(self._bounds.wire.results, copy=True))
         for rank in range(self._mesh.size):
             if rank != self._mesh.rank:
                 lo, hi = at.starts[rank : rank + 2]
@@ -76,32 +75,31 @@ class MeshExchange:
         bounds, mesh, at = self._bounds, self._mesh, self._lanes[lane]
         came = mesh.collect(_COMBINE + lane)
         y_PD = bounds.results(at.flat)
-        out = y_PD.numpy()
+        out = raw(y_PD)
         for rank, pairs in enumerate(at.pairs):
             if rank == mesh.rank:
                 lo, hi = at.starts[rank : rank + 2]
                 out[pairs] = at.y[lo:hi]
                 continue
-            if len(came[rank]) != 4 * pairs.size * bounds.width:
+            if len(came[rank]) != out.itemsize * pairs.size * bounds.width:
                 raise PeerLost([rank], f"sent {len(came[rank])} bytes of results for {pairs.size} rows")
-            out[pairs] = np.frombuffer(came[rank], np.float32).reshape(pairs.size, bounds.width)
-        return y_PD.view(-1, bounds.k, bounds.width)
+            out[pairs] = np.frombuffer(came[rank], out.dtype).reshape(pairs.size, bounds.width)
+        return bounds.given(y_PD)
 
-    def _read(self, rank: int, data: bytearray) -> tuple[NDArray[Any], _Flat, NDArray[Any]]:
+    def _read(self, rank: int, data: bytearray) -> tuple[Index, _Flat, Rows]:
         """(token of each pair, slot of each pair, rows) that a rank sent. Raises PeerLost for what is no dispatch."""
         bounds = self._bounds
         n_tokens, n_pairs = (int(n) for n in np.frombuffer(data, np.int32, 2)) if len(data) >= 8 else (-1, -1)
-        element = raw(torch.empty(0, dtype=bounds.dtype)).dtype
-        want = 8 + 8 * n_pairs + n_tokens * bounds.width * element.itemsize
+        want = 8 + 8 * n_pairs + n_tokens * bounds.wire.row_bytes
         if min(n_tokens, n_pairs) < 0 or len(data) != want:
             raise PeerLost([rank], f"sent {len(data)} bytes for {n_tokens} tokens and {n_pairs} rows")
         tokens = np.frombuffer(data, np.int32, n_pairs, 8)
         slots = np.frombuffer(data, np.int32, n_pairs, 8 + 4 * n_pairs)
-        rows = np.frombuffer(data, element, n_tokens * bounds.width, 8 + 8 * n_pairs)
+        rows = np.frombuffer(data, np.uint8, n_tokens * bounds.wire.row_bytes, 8 + 8 * n_pairs)
         lo, hi = bounds.of[self._mesh.rank], bounds.of[self._mesh.rank + 1]
         if n_pairs and not (tokens.min() >= 0 and tokens.max() < n_tokens and lo <= slots.min() and slots.max() < hi):
             raise PeerLost([rank], "sent rows for experts that are not here")
-        return tokens, slots, rows.reshape(n_tokens, bounds.width)
+        return tokens.astype(np.int64), slots, rows.reshape(n_tokens, bounds.wire.row_bytes)
 
 
 class _Lane:
@@ -109,8 +107,8 @@ class _Lane:
 
     flat: _Flat
     pairs: list[NDArray[np.int64]]
-    own: tuple[NDArray[Any], _Flat, NDArray[Any]]
-    y: NDArray[np.float32]
+    own: tuple[Index, _Flat, Rows]
+    y: NDArray[Any]
 
     def __init__(self) -> None:
         self.starts: NDArray[np.int64] = np.zeros(1, np.int64)

@@ -94,7 +94,7 @@ class Shape:
         return self._lanes_at + (2 * rank + lane) * self._lane_bytes
 
     def rows(self, rank: int, lane: int) -> int:
-        """Dispatch region: rows [max_tokens, width] of up to 4 bytes an element."""
+        """Dispatch region: rows [max_tokens] of up to `row_bytes` bytes."""
         return self.slots(rank, lane) + self._slots_bytes
 
     def starts(self, rank: int, lane: int) -> int:
@@ -122,8 +122,13 @@ class Shape:
         return _up(8 * MAX_PARTS + 4 * self.max_tokens * self.k)
 
     @property
+    def row_bytes(self) -> int:
+        """Room of a row: 4 bytes an element, which every wire format needs at most from two elements on."""
+        return 4 * self.width
+
+    @property
     def _rows_bytes(self) -> int:
-        return _up(4 * self.max_tokens * self.width)
+        return _up(self.max_tokens * self.row_bytes)
 
     @property
     def _lane_bytes(self) -> int:

@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brigade.comm.exchange import LANES, Bounds, Turns, raw
+from brigade.comm.exchange import LANES, Bounds, Turns
 from brigade.comm.group import checked, checked_deadline
 from brigade.comm.segment import MAX_GENERATION, MAX_PARTS, Flag, Segment
+from brigade.comm.wire import Rows, Wire, raw
 
 
 class SharedGroup:
@@ -86,13 +87,15 @@ class SharedExchange:
     Experts may move: make another one with other bounds, on every rank at the same call, with no lane under way.
     """
 
-    def __init__(self, group: SharedGroup, bounds: Sequence[int], dtype: torch.dtype, n_parts: int = 1) -> None:
+    def __init__(self, group: SharedGroup, bounds: Sequence[int], wire: Wire, n_parts: int = 1) -> None:
         if not 1 <= n_parts <= MAX_PARTS:
             raise ValueError(f"n_parts: must be 1 to {MAX_PARTS}, not {n_parts}")
         self._n_parts = n_parts
         self._ends: list[Sequence[int]] = [()] * LANES
         shape = group.segment.shape
-        self._bounds = Bounds(bounds, group.size, shape.width, shape.k, dtype)
+        if wire.width != shape.width or wire.row_bytes > shape.row_bytes:
+            raise ValueError(f"wire: the segment's rows are {shape.width} wide, {shape.row_bytes} bytes at most")
+        self._bounds = Bounds(bounds, group.size, shape.k, wire)
         self._group, self._segment, self._turns = group, group.segment, Turns()
         self._generation = group.generation
         self._max_tokens = shape.max_tokens
@@ -101,15 +104,19 @@ class SharedExchange:
         self._flat: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * LANES
         self._starts = [[0]] * LANES
         ranks = range(group.size)
-        self._views = [[_Views(group.segment, r, lane, dtype) for r in ranks] for lane in range(LANES)]
+        self._views = [[_Views(group.segment, r, lane, wire) for r in ranks] for lane in range(LANES)]
 
     def start_dispatch(self, lane: int, x_TD: Tensor, slots_TK: Tensor, ends: Sequence[int] = ()) -> None:
         """`ends` cuts the tokens into parts, the same number on every rank: where each part ends. Rows then come in the
         order of part, source rank, token, k. One part if empty."""
-        n_tokens = x_TD.shape[0]
+        flat = self._bounds.check(x_TD, slots_TK)
+        self.offer(lane, self._bounds.wire.encode(x_TD), flat, ends)
+
+    def offer(self, lane: int, rows: Rows, flat: NDArray[np.int32], ends: Sequence[int] = ()) -> None:
+        """start_dispatch for rows that are encoded already, and their slots [T * K]."""
+        n_tokens = len(rows)
         if n_tokens > self._max_tokens:
             raise ValueError(f"x: the segment has room for {self._max_tokens} tokens of a rank, not {n_tokens}")
-        flat = self._bounds.check(x_TD, slots_TK)
         self._take(lane, "start_dispatch")
         mine = self._views[lane][self._group.rank]
         ends = ends or (n_tokens,)
@@ -117,7 +124,7 @@ class SharedExchange:
             raise ValueError(f"ends: {self._n_parts} parts of {n_tokens} tokens cannot end at {list(ends)}")
         mine.ends[: self._n_parts] = ends
         mine.slots[: flat.size] = flat
-        mine.rows[:n_tokens] = raw(x_TD)
+        mine.rows[:n_tokens] = rows
         self._flat[lane] = mine.slots[: flat.size]
         self._ends[lane] = ends
         self._sequence[lane] += 1
@@ -135,15 +142,13 @@ class SharedExchange:
         blocks = [(source, *cuts[source][part]) for part in range(self._n_parts) for source in range(bounds.size)]
         starts = [0, *accumulate(hi - lo for _, lo, hi in blocks)]
         self._starts[lane] = starts
-        rows_ND = torch.empty(starts[-1], bounds.width, dtype=bounds.dtype)
-        slot_N = torch.empty(starts[-1], dtype=torch.int32)
-        rows, slot = raw(rows_ND), slot_N.numpy()
+        rows_ND, slot_N = bounds.rows(starts[-1])
+        slot = slot_N.numpy()
         for (source, first, last), (lo, hi) in zip(blocks, pairwise(starts), strict=True):
             if lo == hi:
                 continue
             block = pairs[source][first:last]
-            # "clip" lets take write straight into rows; with "raise" it would fill a copy first
-            views[source].rows.take(block // k, axis=0, out=rows[lo:hi], mode="clip")
+            bounds.wire.decode(views[source].rows, block // k, rows_ND[lo:hi])
             np.subtract(flats[source][block], bounds.of[rank], out=slot[lo:hi])
         self._segment.check(self._generation)
         return rows_ND, slot_N
@@ -154,15 +159,19 @@ class SharedExchange:
         self._take(lane, "start_combine")
         mine = self._views[lane][self._group.rank]
         mine.starts[: len(starts) - 1] = starts[:-1]
-        mine.results[: starts[-1]] = y_ND.detach().numpy()
+        mine.results[: starts[-1]].copy_(y_ND.detach())
         self._segment.post(self._group.rank, Flag.COMBINE + lane, self._generation, self._sequence[lane])
 
     def finish_combine(self, lane: int) -> Tensor:
+        return self._bounds.given(self.results(lane))
+
+    def results(self, lane: int) -> Tensor:
+        """finish_combine for results [T * K, D] as they travel."""
         self._take(lane, "finish_combine")
         self._group.wait(Flag.COMBINE + lane, self._sequence[lane])
         bounds, flat = self._bounds, self._flat[lane]
         y_PD = bounds.results(flat)
-        out = y_PD.numpy()
+        out = raw(y_PD)
         for rank in range(bounds.size):
             pairs = bounds.pairs(flat, rank)
             if not pairs.size:
@@ -171,9 +180,9 @@ class SharedExchange:
             for part, (lo, hi) in enumerate(_cut(pairs, self._ends[lane], bounds.k)):
                 if hi > lo:
                     start = int(views.starts[part * bounds.size + self._group.rank])
-                    out[pairs[lo:hi]] = views.results[start : start + hi - lo]
+                    out[pairs[lo:hi]] = raw(views.results[start : start + hi - lo])
         self._segment.check(self._generation)
-        return y_PD.view(-1, bounds.k, bounds.width)
+        return y_PD
 
     def _take(self, lane: int, call: str) -> None:
         if self._generation != self._group.generation:
@@ -191,9 +200,8 @@ def _cut(pairs: NDArray[np.int64], ends: Sequence[int], k: int) -> list[tuple[in
 class _Views:
     """One rank's regions of one lane as arrays."""
 
-    def __init__(self, segment: Segment, rank: int, lane: int, dtype: torch.dtype) -> None:
+    def __init__(self, segment: Segment, rank: int, lane: int, wire: Wire) -> None:
         s = segment.shape
-        element = np.int16 if dtype == torch.bfloat16 else np.float32
 
         def view(kind: type, at: int, *shape: int) -> NDArray[Any]:
             n = int(np.prod(shape))
@@ -202,6 +210,7 @@ class _Views:
         n_results = s.n_ranks * s.max_tokens * s.k
         self.ends = view(np.int64, s.slots(rank, lane), MAX_PARTS)
         self.slots = view(np.int32, s.slots(rank, lane) + 8 * MAX_PARTS, s.max_tokens * s.k)
-        self.rows = view(element, s.rows(rank, lane), s.max_tokens, s.width)
+        self.rows = view(np.uint8, s.rows(rank, lane), s.max_tokens, wire.row_bytes)
         self.starts = view(np.int64, s.starts(rank, lane), MAX_PARTS * s.n_ranks)
-        self.results = view(np.float32, s.results(rank, lane), n_results, s.width)
+        results = view(np.uint8, s.results(rank, lane), n_results, s.width * wire.results.itemsize)
+        self.results = torch.from_numpy(results).view(wire.results)

@@ -10,6 +10,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 Kind = Literal["bf16", "int8", "int4"]
 Weights = Literal["auto", "bf16", "int8", "int4"]
+Wire = Literal["auto", "bf16", "int8", "fp8"]
 
 JOIN_PORT = 7000
 """Where the head of several hosts listens for them unless told otherwise."""
@@ -50,6 +51,10 @@ class EngineConfig:
     """Further copies of routed experts in each layer, over all ranks: the busiest experts get them."""
     rebalance: float = 60.0
     """Seconds between two looks at the experts' loads, after which experts move to less busy ranks; 0: they stay."""
+    wire: Wire = "auto"
+    """How rows travel to experts and back. auto: exactly, in the type the model computes in, results in float32. The
+    others are smaller and rounded, results in bf16; the rounding is the same on one rank, so text does not depend on
+    the number of ranks."""
     threads: int = 0
     """CPU threads of each rank; 0: the cores this process may use, shared by the ranks."""
     rank_deadline: float = 5.0
@@ -88,6 +93,8 @@ class EngineConfig:
             raise ValueError(f"weights {self.weights} are computed in bfloat16; leave dtype at auto, not {self.dtype}")
         if self.redundant_experts and self.ranks == 1:
             raise ValueError("redundant_experts are copies on other ranks, but ranks is 1; leave it at 0")
+        if self.wire not in ("auto", "bf16", "int8", "fp8"):
+            raise ValueError(f"wire must be auto, bf16, int8 or fp8, not {self.wire!r}")
         if self.max_step_tokens < self.max_running:
             raise ValueError(
                 "max_step_tokens must be at least max_running, or some running requests would never advance"

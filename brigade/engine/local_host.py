@@ -144,12 +144,12 @@ class LocalHost:
 
 
 def _segment(config: EngineConfig, spec: ModelSpec, layout: Layout, host: int) -> Segment | None:
-    """The memory that the ranks of one host share; None for a unit of one rank. Raises LoadError.
+    """The memory that the ranks of one host share; None for one rank whose rows are not to be rounded, either.
 
     With several hosts a rank receives tokens of other hosts for its own, besides its own ones: of one rank of each
-    where all hosts are alike, else of all (`brigade.comm.hierarchical`).
+    where all hosts are alike, else of all (`brigade.comm.hierarchical`). Raises LoadError.
     """
-    if layout.n_ranks == 1:
+    if layout.n_ranks == 1 and config.wire == "auto":
         return None
     sizes = layout.sizes
     n_sources = len(sizes) if len(set(sizes)) == 1 else layout.n_ranks

@@ -9,8 +9,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 
-import torch
-
 from brigade.comm.exchange import ExpertExchange
 from brigade.comm.group import Alone, Group, PeerLost
 from brigade.comm.handshake import Refused
@@ -19,6 +17,7 @@ from brigade.comm.meeting import Stopped, listen
 from brigade.comm.mesh import Mesh, patience
 from brigade.comm.segment import FIRST_GENERATION, Segment
 from brigade.comm.shared import SharedExchange, SharedGroup
+from brigade.comm.wire import Wire
 from brigade.core.placement import cut
 from brigade.engine.messages import Form, Start
 from brigade.spec.model import ModelSpec
@@ -39,13 +38,13 @@ class UnitRank:
         redundant: int = 0,
         network: "Network | None" = None,
     ) -> None:
-        """`segment`: file number of the shared memory, -1 for a unit of one. `redundant`: slots of a layer beyond its
+        """`segment`: file number of the shared memory, -1 if there is none. `redundant`: slots of a layer beyond its
         experts. Raises ValueError."""
         self.rank, self.size, self._redundant = rank, size, redundant
         self._deadline, self._network = deadline, network
         self._first, self.n_here = network.here(rank) if network else (0, size)
         self._shared: SharedGroup | None = None
-        if size > 1:
+        if segment >= 0:
             within = patience(deadline) if network else deadline
             self._shared = SharedGroup(Segment.attach(segment), rank - self._first, deadline=within)
         self._mesh: Mesh | None = None
@@ -95,13 +94,13 @@ class UnitRank:
         if self._network is not None:
             self._mesh = self._network.meet(self.rank, form, self._deadline, self._culprits)
 
-    def exchange(self, spec: ModelSpec, dtype: torch.dtype) -> ExpertExchange | None:
-        """How rows reach the experts of other ranks; None where all experts are here. Call it after `meet`."""
+    def exchange(self, spec: ModelSpec, wire: Wire) -> ExpertExchange | None:
+        """How rows reach their experts; None where all are here and nothing is rounded. Call it after `meet`."""
         if self._shared is None or spec.moe is None:
             return None
         if self._mesh is not None and self._network is not None:
-            return HierarchicalExchange(self._mesh, self._shared, self._network.sizes, self.bounds(spec), dtype)
-        return SharedExchange(self._shared, self.bounds(spec), dtype)
+            return HierarchicalExchange(self._mesh, self._shared, self._network.sizes, self.bounds(spec), wire)
+        return SharedExchange(self._shared, self.bounds(spec), wire)
 
     def _culprits(self) -> Iterable[int] | None:
         """Who is to blame if the supervisor has stopped this generation; None if it has not."""

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import torch
 
+from brigade.comm.segment import FIRST_GENERATION, Segment
+from brigade.comm.wire import Wire, wire
 from brigade.core.placement import Placement
 from brigade.core.scheduler import Slice, StepPlan
 from brigade.engine import auto
 from brigade.engine.config import EngineConfig
 from brigade.engine.machine import read_cpu
-from brigade.engine.messages import Loads
+from brigade.engine.messages import Form, Loads
 from brigade.engine.moving import Mover
 from brigade.engine.placing import first_placement
 from brigade.engine.unit_rank import UnitRank
 from brigade.kernels.cpu.build import Buildable, Built, find_library, look_up
 from brigade.kernels.cpu.layers import Kernels, unsupported
+from brigade.kernels.cpu.wire import TileCodec
 from brigade.model.batch import build
 from brigade.model.cache import KvCache
 from brigade.model.deepseek import DeepSeek
@@ -55,6 +58,8 @@ class Worker:
     """What "auto" settings became while loading, and why."""
     mover: Mover | None = None
     """What exchanges experts while this rank serves; None where all of them are here."""
+    wire: Wire | None = None
+    """How rows reach their experts, if they take that way."""
 
     @classmethod
     def load(
@@ -62,8 +67,16 @@ class Worker:
     ) -> tuple["Worker", auto.Resolved]:
         """A worker that runs alone: weights and cache. Raises BadConfig (also for tensor files), ValueError and
         MemoryError."""
-        worker = cls.read(config, machine, progress, UnitRank(0, 1, -1, config.rank_deadline))
-        return worker, worker.make_cache(config, auto.this_machine())
+        spec = read_spec(Path(config.model))
+        segment = -1
+        if config.wire != "auto":
+            segment = Segment.create(1, config.max_step_tokens, spec.dim, spec.moe.top_k if spec.moe else 1).fd
+        unit = UnitRank(0, 1, segment, config.rank_deadline)
+        worker = cls.read(config, machine, progress, unit)
+        resolved = worker.make_cache(config, auto.this_machine())
+        unit.meet(Form(FIRST_GENERATION))
+        worker.meet(unit)
+        return worker, resolved
 
     @classmethod
     def read(
@@ -82,7 +95,10 @@ class Worker:
         """
         folder = Path(config.model)
         spec = read_spec(folder)
-        placement = (placement or first_placement(config, spec)) if unit.size > 1 else None
+        if config.wire != "auto" and spec.moe is None:
+            raise ValueError(f"wire {config.wire} is for rows of routed experts; this model has none, leave it at auto")
+        travels = unit.size > 1 or config.wire != "auto"
+        placement = (placement or first_placement(config, spec)) if travels else None
         checkpoint = Checkpoint(folder, spec, _experts(placement, unit.rank) if placement else None)
         library, why_not = _kernels(config, spec)
         computing = auto.computing(config, spec, machine, library, why_not)
@@ -91,12 +107,14 @@ class Worker:
         progress(0, total)
         dtype = getattr(torch, computing.dtype)
         model = _read(checkpoint, spec, dtype, computing, threads, lambda done: progress(done, total))
-        mover = None
+        mover, way = None, None
         if placement and not isinstance(model, Dense):
-            model.spread = Spread(spec, unit.rank, placement)
-            files = ExpertFiles(checkpoint, dtype)
-            mover = Mover(model, model.spread, files, unit.rank, placement, portion, spec.n_dense)
-        return cls(spec, model, config.page, {}, computing.dtype, [computing.note, threads_note], mover)
+            way = _wire(config, spec, model, dtype)
+            spread = model.spread = Spread(spec, unit.rank, placement)
+            if unit.size > 1:
+                files = ExpertFiles(checkpoint, dtype)
+                mover = Mover(model, spread, files, unit.rank, placement, portion, spec.n_dense)
+        return cls(spec, model, config.page, {}, computing.dtype, [computing.note, threads_note], mover, way)
 
     def make_cache(self, config: EngineConfig, machine: auto.Machine) -> auto.Resolved:
         """Make the cache from what the weights leave free. Raises ValueError, MemoryError."""
@@ -108,7 +126,7 @@ class Worker:
 
     def meet(self, unit: UnitRank) -> None:
         """Reach the experts of other ranks through the unit, which has just formed."""
-        exchange = unit.exchange(self.spec, getattr(torch, self.dtype))
+        exchange = unit.exchange(self.spec, self.wire) if self.wire else None
         if exchange is None:
             return
         if isinstance(self.model, Dense) or self.model.spread is None:
@@ -147,6 +165,17 @@ class Worker:
         for history, choice in zip(rows, choices, strict=True):
             history.append(max(choice.token, 0))  # a broken row still has a position in the steps already planned
         return dict(zip(batch.rids, choices, strict=True))
+
+
+def _wire(config: EngineConfig, spec: ModelSpec, model: Model, dtype: torch.dtype) -> Wire:
+    """How rows reach experts. Raises ValueError for a type that cannot travel.
+
+    A unit of one rank has no wire, but where a wire rounds, it rounds too: text must not depend on the number of ranks.
+    """
+    codec = None
+    if isinstance(model, CpuModel) and (config.wire == "int8" or config.wire == "fp8"):
+        codec = TileCodec(model.kernels, config.wire)
+    return wire(config.wire, spec.dim, dtype, codec)
 
 
 def _experts(placement: Placement, rank: int) -> list[tuple[int, ...]]:

@@ -34,7 +34,7 @@ class CpuModel:
     """The model on one rank. Reads its weights layer by layer; each layer's originals are dropped once it is packed."""
 
     def __init__(self, spec: ModelSpec, read: Read, kernels: Kernels, kind: Kind) -> None:
-        self.spec, a = spec, spec.attention
+        self.spec, self.kernels, a = spec, kernels, spec.attention
         self.embed = read("model.embed_tokens.weight")
         attention = MlaLayer if isinstance(a, Mla) else GqaLayer
         scale = rotary.score_scale(spec.rope, a.qk if isinstance(a, Mla) else a.head_dim)

@@ -13,7 +13,8 @@ from brigade.comm.segment import Segment
 
 ROOT = Path(__file__).parents[2]
 N = 4
-WIDTH, K, MAX_TOKENS = 24, 3, 64
+WIDTH, K, MAX_TOKENS = 136, 3, 64
+"""136: a whole tile of the 8-bit wires, and a short one."""
 HOSTS = {1: [1], 2: [1, 1], 3: [2, 1], 4: [2, 2]}
 """How many of a unit's ranks are on each host, for the hierarchical exchange."""
 

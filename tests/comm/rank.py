@@ -18,6 +18,7 @@ from brigade.comm.mesh import Mesh
 from brigade.comm.remote import MeshExchange
 from brigade.comm.segment import Segment
 from brigade.comm.shared import SharedExchange, SharedGroup
+from brigade.comm.wire import wire
 from tests.comm.oracle import Case, experts
 
 torch.set_num_threads(1)
@@ -79,17 +80,17 @@ class Rank:
         return "formed"
 
     def exchange(self, case: Case) -> ExpertExchange:
-        dtype = getattr(torch, case.dtype)
+        way = wire(case.wire, case.width, getattr(torch, case.dtype))  # type: ignore[arg-type]
         if isinstance(self.group, SharedGroup):
-            return SharedExchange(self.group, case.bounds, dtype)
+            return SharedExchange(self.group, case.bounds, way)
         if self.hosts:
             assert isinstance(self.group, Mesh)
             assert self.local
-            return HierarchicalExchange(self.group, self.local, self.hosts, case.bounds, dtype)
+            return HierarchicalExchange(self.group, self.local, self.hosts, case.bounds, way)
         if isinstance(self.group, Mesh):
-            return MeshExchange(self.group, case.bounds, case.width, case.k, dtype)
+            return MeshExchange(self.group, case.bounds, case.k, way)
         assert isinstance(self.group, DistributedGroup)
-        return DistributedExchange(self.group, case.bounds, case.width, case.k, dtype)
+        return DistributedExchange(self.group, case.bounds, case.k, way)
 
     def share(self, ints: list[int]) -> list[tuple[int, ...]]:
         return self.group.share(ints)

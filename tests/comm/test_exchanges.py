@@ -33,10 +33,11 @@ def cases(seed: int, size: int, n: int, **fixed: object) -> list[dict[str, objec
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["one-lane", "two-lanes"])
+@pytest.mark.parametrize("wire", ["auto", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_random_cases(opened: Pool, size: int, overlap: bool, dtype: str) -> None:
-    for seed in range(3):
-        some = cases(seed, size, 9, dtype=dtype)
+def test_random_cases(opened: Pool, size: int, overlap: bool, dtype: str, wire: str) -> None:
+    for seed in range(2):
+        some = cases(seed, size, 9, dtype=dtype, wire=wire)
         assert opened.all(size, do="run", cases=some, overlap=overlap) == [{"ok": "equal"}] * size
 
 

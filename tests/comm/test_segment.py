@@ -11,6 +11,7 @@ import torch
 from brigade.comm.group import Alone, PeerLost
 from brigade.comm.segment import Flag, Segment
 from brigade.comm.shared import SharedExchange, SharedGroup
+from brigade.comm.wire import wire
 
 
 def made(n_ranks: int = 1) -> Segment:
@@ -84,7 +85,7 @@ def test_generations_come_one_after_the_other() -> None:
 def test_an_exchange_refuses_what_does_not_fit() -> None:
     group = SharedGroup(made(), 0, deadline=1)
     group.form(1)
-    exchange = SharedExchange(group, (0, 5), torch.float32)
+    exchange = SharedExchange(group, (0, 5), wire("auto", 4, torch.float32))
     x, slots = torch.zeros(2, 4), torch.zeros(2, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"x: need torch.float32 \[T, 4\]"):
         exchange.start_dispatch(0, x.bfloat16(), slots)
@@ -110,7 +111,7 @@ def test_an_exchange_refuses_what_does_not_fit() -> None:
 def test_bounds_must_give_each_rank_a_range(bounds: tuple[int, ...]) -> None:
     group = SharedGroup(made(), 0, deadline=1)
     with pytest.raises(ValueError, match="bounds: 1 ranks need 2 ascending numbers from 0"):
-        SharedExchange(group, bounds, torch.float32)
+        SharedExchange(group, bounds, wire("auto", 4, torch.float32))
 
 
 @pytest.mark.parametrize("deadline", [0, -1, float("inf"), float("nan")])

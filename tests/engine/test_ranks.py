@@ -41,13 +41,25 @@ def texts(config: dict[str, object], prompts: list[list[int]]) -> list[list[int]
         {"ranks": 3, "depth": 2, "max_step_tokens": 32, "max_running": 3},
         {"ranks": 4, "weights": "int8"},
         {"ranks": 3, "dtype": "float32"},
+        {"ranks": 2, "wire": "int8"},
+        {"ranks": 3, "wire": "fp8"},
+        {"ranks": 4, "wire": "bf16", "weights": "int8"},
+        {"ranks": 4, "wire": "fp8", "dtype": "float32"},
     ],
-    ids=["2 ranks", "3 uneven ranks, plans ahead, small chunks", "4 ranks, int8", "3 ranks on torch"],
+    ids=[
+        *("2 ranks", "3 uneven ranks, plans ahead, small chunks", "4 ranks, int8", "3 ranks on torch"),
+        *("int8 on the wire", "fp8 on the wire", "bf16 on the wire", "fp8 on the wire, torch"),
+    ],
 )
 def test_greedy_text_does_not_depend_on_ranks(settings: dict[str, object]) -> None:
     prompts = some_prompts(9, read_spec(DEMO_MODEL).vocab)
-    alone = {key: value for key, value in settings.items() if key in ("weights", "dtype")}
+    alone = {key: value for key, value in settings.items() if key in ("weights", "dtype", "wire")}
     assert texts(settings, prompts) == texts(alone, prompts)
+
+
+def test_what_a_wire_rounds_is_rounded_on_one_rank_too() -> None:
+    prompts = some_prompts(20, read_spec(DEMO_MODEL).vocab)
+    assert texts({"wire": "fp8"}, prompts) != texts({}, prompts)
 
 
 def test_more_ranks_than_experts_are_refused() -> None:

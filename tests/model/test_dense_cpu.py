@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from brigade.engine import auto
+from brigade.engine.config import EngineConfig
 from brigade.engine.machine import read_cpu
 from brigade.engine.worker import Worker
 from brigade.kernels.cpu.build import Built, find_library
@@ -115,3 +117,9 @@ def test_heads_of_an_odd_width_are_left_to_torch(checkpoint) -> None:
     assert isinstance(spec.attention, Gqa)
     assert unsupported(spec) is None
     assert "odd" in str(unsupported(replace(spec, attention=replace(spec.attention, head_dim=13))))
+
+
+def test_a_model_without_experts_has_no_wire(checkpoint) -> None:
+    config = EngineConfig(model=str(checkpoint("llama")[0]), wire="int8")
+    with pytest.raises(ValueError, match="wire int8 is for rows of routed experts; this model has none"):
+        Worker.load(config, auto.this_machine(), lambda done, total: None)
