@@ -28,6 +28,9 @@ WAYS = {
     "bf16, C++ kernels": EngineConfig(weights="bf16"),
     "int8, C++ kernels": EngineConfig(weights="int8"),
     "int4 experts, C++ kernels": EngineConfig(weights="int4"),
+    "bf16, bf16 on the wire": EngineConfig(weights="bf16", wire="bf16"),
+    "bf16, int8 on the wire": EngineConfig(weights="bf16", wire="int8"),
+    "bf16, fp8 on the wire": EngineConfig(weights="bf16", wire="fp8"),
 }
 
 
@@ -39,10 +42,10 @@ def main() -> int:
     options = parser.parse_args()
     tokens = Tokenizer(options.checkpoint).encode(options.text.read_text(encoding="utf-8"))
     table = Table(title=f"{options.checkpoint.name}, {len(tokens)} tokens of {options.text.name}")
-    for column in ("weights", "nats a token", "perplexity"):
+    for column in ("computed in", "nats a token", "perplexity"):
         table.add_column(column)
     for name, config in WAYS.items():
-        settings = {field: getattr(config, field) for field in ("dtype", "weights")}
+        settings = {field: getattr(config, field) for field in ("dtype", "weights", "wire")}
         try:
             nats = loss(EngineConfig(model=str(options.checkpoint), kv_bytes=1 << 28, **settings), tokens)
         except ValueError as e:
