@@ -1,8 +1,8 @@
-"""Two micro-batches in one step, so that the exchange of one runs behind the compute of the other: how a step is cut, and
-whether it pays. Pure: every rank of a unit is fed the same numbers and so decides the same.
+"""Two micro-batches in one step, so that the exchange of one runs behind the compute of the other: how a step is cut,
+and whether it pays. Pure: every rank of a unit is fed the same numbers and so decides the same.
 
-Cutting costs something, since each half reads the weights again; whether the exchange that is hidden is worth it depends
-on the machine, the network and the step's size, so it is measured. For each size of step (powers of two):
+Cutting costs something, since each half reads the weights again; whether the exchange that is hidden is worth that
+depends on the machine, the network and the step's size, so it is measured. For each size of step (powers of two):
 
 1. After some steps there is a trial: pairs of one step cut and one not cut, in turn the one or the other first.
 2. Two steps of a pair follow each other and have about the same size, so what differs between them is the cut.
@@ -30,8 +30,8 @@ FIRST_REST, LONGEST_REST = 32, 4096
 def cut(plan: StepPlan, n: int) -> tuple[StepPlan, ...]:
     """A step as n micro-batches with about the same number of tokens, empty ones where there is too little to cut.
 
-    They follow each other in the order of the slices, so a micro-batch may read pages that an earlier one fills. A chunk
-    is cut in two if no end of a slice is near the middle.
+    They follow each other in the order of the slices, so a micro-batch may read pages that an earlier one fills. A
+    chunk is cut in two if no end of a slice is near the middle.
     """
     if not 1 <= n <= MOST:
         raise ValueError(f"n: a step is cut into 1 to {MOST} micro-batches, not {n}")

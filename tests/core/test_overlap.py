@@ -1,7 +1,8 @@
-"""Steps are cut into halves that say the same, and whether they are is decided by what was measured, alike on all ranks."""
+"""Steps are cut into halves that say the same. Whether they are is decided by what was measured, alike on all ranks."""
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -101,7 +102,7 @@ def noisy(seed: int, gain: float, spread: float) -> Cost:
 
 def changes(ways: list[Way]) -> int:
     usual = [way.n for way in ways if way.turn < 0]
-    return sum(a != b for a, b in zip(usual, usual[1:], strict=False))
+    return sum(a != b for a, b in pairwise(usual))
 
 
 @pytest.mark.parametrize("n", [1, 2])
