@@ -84,6 +84,9 @@ def serve(
     wire: Annotated[
         str, typer.Option(help="How rows travel to experts: auto (exactly), or rounded to bf16, int8 or fp8.")
     ] = _ENGINE.wire,
+    micro_batches: Annotated[
+        int, typer.Option(help="1, or 2 to exchange rows of one half of a step while the other computes; 0: chosen.")
+    ] = _ENGINE.micro_batches,
     threads: Annotated[
         int, typer.Option(help="CPU threads of a rank; 0: all cores, shared by the ranks.")
     ] = _ENGINE.threads,
@@ -128,6 +131,7 @@ def serve(
             rebalance=rebalance,
             ranks=several.layout.n_ranks if several and ranks == _ENGINE.ranks else ranks,
             wire=cast(Wire, wire),
+            micro_batches=micro_batches,
             threads=threads,
             rank_deadline=rank_deadline,
             step_deadline=step_deadline,

@@ -24,6 +24,8 @@ class Shape(NamedTuple):
     """Number of the last wake call it has heard."""
     staged: int = 0
     """Number of the portion of expert moves that it has read and waits with, below zero if it could not; 0: none."""
+    took: int = 0
+    """Microseconds of the last step it committed; 0: there is none it has not told."""
 
 
 class Agreed(NamedTuple):

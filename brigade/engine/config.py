@@ -55,6 +55,9 @@ class EngineConfig:
     """How rows travel to experts and back. auto: exactly, in the type the model computes in, results in float32. The
     others are smaller and rounded, results in bf16; the rounding is the same on one rank, so text does not depend on
     the number of ranks."""
+    micro_batches: int = 0
+    """Into how many a step is cut, so that the exchange of one runs behind the compute of the other: 1 or 2; 0: as is
+    found to be faster, by trying both now and then. It never changes text."""
     threads: int = 0
     """CPU threads of each rank; 0: the cores this process may use, shared by the ranks."""
     rank_deadline: float = 5.0
@@ -76,6 +79,7 @@ class EngineConfig:
             ("redundant_experts", 0, 4096),
             ("rebalance", 0, 86400),
             ("rank_deadline", 0.1, 3600),
+            ("micro_batches", 0, 2),
             ("threads", 0, 1024),
             ("step_deadline", 0.1, 3600),
         ):
@@ -95,6 +99,8 @@ class EngineConfig:
             raise ValueError("redundant_experts are copies on other ranks, but ranks is 1; leave it at 0")
         if self.wire not in ("auto", "bf16", "int8", "fp8"):
             raise ValueError(f"wire must be auto, bf16, int8 or fp8, not {self.wire!r}")
+        if self.micro_batches == 2 and self.ranks == 1:
+            raise ValueError("micro_batches is 2, but one rank waits for no other; leave it at 0 or 1")
         if self.max_step_tokens < self.max_running:
             raise ValueError(
                 "max_step_tokens must be at least max_running, or some running requests would never advance"

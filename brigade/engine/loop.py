@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any, TypeVar, cast
 from brigade.comm.channel import Channel, ChannelClosed
 from brigade.comm.group import Alone, Group, PeerLost
 from brigade.core.lockstep import Shape, agree
+from brigade.core.overlap import Overlap, Way
 from brigade.core.pages import PagePool
 from brigade.core.request import Request
 from brigade.core.scheduler import Scheduler, StepPlan
@@ -72,8 +74,10 @@ class Loop:
         channel: "Channel[ToWorker]",
         depth: int,
         membership: Membership | None = None,
+        micro_batches: int = 1,
     ) -> None:
-        """`membership`: of a unit that has been formed; None for a worker that runs alone."""
+        """`membership`: of a unit that has been formed; None for a worker that runs alone. `micro_batches`: of a step,
+        0 to choose while running."""
         self.worker, self.scheduler, self.channel, self.depth = worker, scheduler, channel, depth
         self.membership = membership
         self.group: Group = membership.group if membership else Alone()
@@ -87,6 +91,14 @@ class Loop:
         self.n_steps = 0
         self._behind = ThreadPoolExecutor(1) if depth > 1 else None
         self._lost: PeerLost | None = None
+        self._micro_batches = micro_batches
+        self.overlap = Overlap(micro_batches)
+        self._ways: deque[Way] = deque()
+        """How the steps in `pending` run."""
+        self._times: deque[int] = deque()
+        """Microseconds of those that are done."""
+        self._told, self._took = Way(1, 0), 0
+        """The last committed step and its microseconds; 0: told already. All ranks commit in step."""
 
     def run(self) -> None:
         """Until the other side closes the channel."""
@@ -118,16 +130,22 @@ class Loop:
         plan = self.scheduler.plan()
         mover = self.worker.mover
         staged = mover.staged if mover else 0
-        mine = Shape(plan.n_tokens, self.scheduler.busy or bool(self.pending), self.wake, staged)
+        mine = Shape(plan.n_tokens, self.scheduler.busy or bool(self.pending), self.wake, staged, self._took)
         try:
-            agreed = agree([Shape(n, bool(busy), *rest) for n, busy, *rest in self._share(mine)])
+            shapes = [Shape(n, bool(busy), *rest) for n, busy, *rest in self._share(mine)]
         except PeerLost:
             self.scheduler.undo(plan)
             raise
+        agreed = agree(shapes)
+        if self._took:
+            self.overlap.learn(self._told, max(s.took for s in shapes))
+            self._took = 0
         if agreed.portion and mover:
             self._do(mover.agreed(agreed.portion))
         if agreed.run:
-            self.pending.append((plan, self._do(self._run, plan)))
+            way = self.overlap.choose(max(s.n_tokens for s in shapes))
+            self._ways.append(way)
+            self.pending.append((plan, self._do(self._run, plan, way.n)))
         if self.pending and (len(self.pending) >= self.depth or not agreed.run):
             self._commit_oldest()
         self.asleep = agreed.sleep
@@ -161,6 +179,7 @@ class Loop:
         if self.membership is None:
             raise ValueError("a worker that runs alone was told to form a unit")
         self.roll_back()
+        self._forget_times()
         if self.worker.mover:
             self._do(self.worker.mover.hold, form.portion).result()
         self.wake, self.asleep = 0, False
@@ -200,16 +219,26 @@ class Loop:
     def _commit_oldest(self) -> None:
         self.commit(*self.pending[0])
         self.pending.popleft()
+        self._told, self._took = self._ways.popleft(), max(self._times.popleft(), 1)
 
-    def _run(self, plan: StepPlan) -> dict[int, Choice]:
+    def _forget_times(self) -> None:
+        """Choose micro-batches anew, as a rank that joins now does: all ranks must choose alike."""
+        self.overlap, self._took = Overlap(self._micro_batches), 0
+        self._ways.clear()
+        self._times.clear()
+
+    def _run(self, plan: StepPlan, n: int) -> dict[int, Choice]:
         """A step after one that was given up would compute from what that one left out."""
         if self._lost is not None:
             raise self._lost
         try:
-            return self.worker.run(plan)
+            begin = time.perf_counter()
+            choices = self.worker.run(plan, n)
         except PeerLost as e:
             self._lost = e
             raise
+        self._times.append(int(1e6 * (time.perf_counter() - begin)))
+        return choices
 
     def commit(self, plan: StepPlan, result: "Future[dict[int, Choice]]") -> None:
         """Take a step's results into the scheduler and tell them. Raises what the step raised."""
@@ -316,7 +345,8 @@ def main(fd: int) -> int:
             share_answers=not worker.model.two_forms,
         )
         channel.send(ready)
-        Loop(worker, scheduler, channel, config.depth, membership).run()
+        micro_batches = config.micro_batches if worker.wire and unit.size > 1 else 1
+        Loop(worker, scheduler, channel, config.depth, membership, micro_batches).run()
     except ChannelClosed:
         log.info("the channel was closed; ending")
     return 0

@@ -9,6 +9,7 @@ import torch
 
 from brigade.comm.segment import FIRST_GENERATION, Segment
 from brigade.comm.wire import Wire, wire
+from brigade.core.overlap import cut
 from brigade.core.placement import Placement
 from brigade.core.scheduler import Slice, StepPlan
 from brigade.engine import auto
@@ -97,6 +98,8 @@ class Worker:
         spec = read_spec(folder)
         if config.wire != "auto" and spec.moe is None:
             raise ValueError(f"wire {config.wire} is for rows of routed experts; this model has none, leave it at auto")
+        if config.micro_batches == 2 and spec.moe is None:
+            raise ValueError("micro_batches is 2, but this model has no routed experts to reach; leave it at 0 or 1")
         travels = unit.size > 1 or config.wire != "auto"
         placement = (placement or first_placement(config, spec)) if travels else None
         checkpoint = Checkpoint(folder, spec, _experts(placement, unit.rank) if placement else None)
@@ -156,15 +159,17 @@ class Worker:
         return Loads(seq, *self.model.spread.news())
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> dict[int, Choice]:
-        """Run one step and sample. The last token of a request may be needed by the very next step."""
+    def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
+        """Run one step, in n micro-batches, and sample. The last token of a request may be needed by the very next
+        step."""
         last = {s.rid: h.new[-1] for s in plan.slices if (h := self.histories[s.rid]).new}
-        batch = build(plan, self.page, last)
-        rows = [self.histories[rid] for rid in batch.rids]
-        choices = choose(self.model.forward(batch), rows)
+        batches = [build(part, self.page, last) for part in cut(plan, n)]
+        rids = [rid for batch in batches for rid in batch.rids]
+        rows = [self.histories[rid] for rid in rids]
+        choices = choose(self.model.forward(*batches), rows)
         for history, choice in zip(rows, choices, strict=True):
             history.append(max(choice.token, 0))  # a broken row still has a position in the steps already planned
-        return dict(zip(batch.rids, choices, strict=True))
+        return dict(zip(rids, choices, strict=True))
 
 
 def _wire(config: EngineConfig, spec: ModelSpec, model: Model, dtype: torch.dtype) -> Wire:

@@ -15,6 +15,7 @@ from brigade.kernels import reference as ops
 from brigade.model import rotary
 from brigade.model.batch import Batch
 from brigade.model.cache import KvCache
+from brigade.model.overlap import InTurn, in_turn
 from brigade.model.spread import Spread
 from brigade.spec.model import Mla, ModelSpec
 
@@ -85,18 +86,25 @@ class DeepSeek:
         self.cache = cache
         self.cos, self.sin = rotary.table(self.spec.rope, context)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Run one step. Returns float32 logits [R, V] of the rows to sample."""
+    def forward(self, *batches: Batch) -> Tensor:
+        """Run one step, in one micro-batch or several. Returns float32 logits [R, V] of the rows to sample."""
+        x_RD = torch.cat(in_turn([self._layers(batch, lane) for lane, batch in enumerate(batches)]))
+        head = "model.embed_tokens.weight" if self.spec.tied_head else "lm_head.weight"
+        return F.linear(self.norm(x_RD, "model.norm"), self.w[head]).float()
+
+    def _layers(self, batch: Batch, lane: int) -> InTurn[Tensor]:
+        """One micro-batch through all layers: the residual of the rows to sample."""
         x_TD = F.embedding(batch.ids_T, self.w["model.embed_tokens.weight"])
         cos_TR, sin_TR = self.cos[batch.positions_T], self.sin[batch.positions_T]
         for i in range(self.spec.n_layers):
             at = f"model.layers.{i}"
             x_TD = x_TD + self.attention(i, self.norm(x_TD, f"{at}.input_layernorm"), batch, cos_TR, sin_TR)
             h_TD = self.norm(x_TD, f"{at}.post_attention_layernorm")
-            x_TD = x_TD + (self.moe(i, h_TD, f"{at}.mlp") if self.spec.is_moe(i) else self.mlp(h_TD, f"{at}.mlp"))
-        x_RD = self.norm(x_TD[batch.sample_R], "model.norm")
-        head = "model.embed_tokens.weight" if self.spec.tied_head else "lm_head.weight"
-        return F.linear(x_RD, self.w[head]).float()
+            if self.spec.is_moe(i):
+                x_TD = x_TD + (yield from self.moe(i, h_TD, f"{at}.mlp", lane))
+            else:
+                x_TD = x_TD + self.mlp(h_TD, f"{at}.mlp")
+        return x_TD[batch.sample_R]
 
     def attention(self, layer: int, x_TD: Tensor, batch: Batch, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         a, w, cache = self.a, self.attn[layer], self.cache.layers[layer]
@@ -120,7 +128,7 @@ class DeepSeek:
         o_THV = (o_THC.transpose(0, 1) @ w.value_HCV).transpose(0, 1)
         return F.linear(o_THV.flatten(1), w.out)
 
-    def moe(self, layer: int, x_TD: Tensor, at: str) -> Tensor:
+    def moe(self, layer: int, x_TD: Tensor, at: str, lane: int) -> InTurn[Tensor]:
         w, moe, spread = self.w, self.spec.moe, self.spread
         if moe is None or spread is None:
             raise TypeError(f"{at} is not a mixture of experts")
@@ -130,13 +138,13 @@ class DeepSeek:
             spread.count(layer, ids_TK)
             y_TD = ops.experts(x_TD, ids_TK, w_TK, gate, up, down)
         else:
-
-            def compute(rows_ND: Tensor, slot_N: Tensor) -> Tensor:
-                one_N1 = torch.ones(len(slot_N), 1)
-                return ops.experts(rows_ND, slot_N[:, None].long(), one_N1, gate, up, down).float()
-
-            y_TKD = spread.run(layer, x_TD, ids_TK, compute)
-            y_TD = torch.einsum("tkd,tk->td", y_TKD, w_TK).to(x_TD.dtype)
+            spread.offer(layer, x_TD, ids_TK, lane)
+            yield
+            rows_ND, slot_N = spread.take(lane)
+            one_N1 = torch.ones(len(slot_N), 1)
+            spread.give(ops.experts(rows_ND, slot_N[:, None].long(), one_N1, gate, up, down).float(), lane)
+            yield
+            y_TD = torch.einsum("tkd,tk->td", spread.results(lane), w_TK).to(x_TD.dtype)
         return y_TD + self.mlp(x_TD, f"{at}.shared_experts") if moe.n_shared else y_TD
 
     def mlp(self, x_TD: Tensor, at: str) -> Tensor:

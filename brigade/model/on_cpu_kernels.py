@@ -26,6 +26,7 @@ from brigade.kernels.cpu.packed import Kind
 from brigade.model import rotary
 from brigade.model.batch import Batch
 from brigade.model.cache import KvCache
+from brigade.model.overlap import InTurn, in_turn
 from brigade.model.spread import Spread
 from brigade.spec.model import Mla, ModelSpec
 
@@ -60,8 +61,12 @@ class CpuModel:
         self.cache = cache
         self.cos, self.sin = rotary.table(self.spec.rope, context)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Run one step. Returns float32 logits [R, V] of the rows to sample."""
+    def forward(self, *batches: Batch) -> Tensor:
+        """Run one step, in one micro-batch or several. Returns float32 logits [R, V] of the rows to sample."""
+        return self.head(torch.cat(in_turn([self._layers(batch, lane) for lane, batch in enumerate(batches)])))
+
+    def _layers(self, batch: Batch, lane: int) -> InTurn[Tensor]:
+        """One micro-batch through all layers: the residual of the rows to sample."""
         dim = self.spec.dim
         x_TD = F.embedding(batch.ids_T, self.embed).float()
         x_TD = F.pad(x_TD, (0, padded(dim) - dim)) if dim % padded(1) else x_TD
@@ -73,8 +78,8 @@ class CpuModel:
             elif self.spread.exchange is None:
                 self.spread.count(i, feed_forward(x_TD).ids_TK[:, : feed_forward.top_k])
             else:
-                self._spread(i, feed_forward, x_TD, self.spread)
-        return self.head(x_TD[batch.sample_R])
+                yield from self._spread(i, feed_forward, x_TD, self.spread, lane)
+        return x_TD[batch.sample_R]
 
     def stage(self, layer: int, expert: tuple[Tensor, Tensor, Tensor], spare: Place | None) -> Place:
         """An expert of a layer in a place of its own, a `spare` one if there is one. From any thread."""
@@ -84,17 +89,17 @@ class CpuModel:
         """From now on this slot holds the expert in `place`; returns where the old one is. Between two steps."""
         return self.layers[layer][1].swap(slot, place)
 
-    def _spread(self, i: int, layer: FeedForward, x_TD: Tensor, spread: Spread) -> None:
+    def _spread(self, i: int, layer: FeedForward, x_TD: Tensor, spread: Spread, lane: int) -> InTurn[None]:
         """Layer i, whose routed experts lie on several ranks: the same sums in the same order as on one."""
         dim = self.spec.dim
         routed = layer.route(x_TD)
-
-        def compute(rows_ND: Tensor, slot_N: Tensor) -> Tensor:
-            rows_ND = F.pad(rows_ND, (0, padded(dim) - dim)) if dim % padded(1) else rows_ND
-            return layer.routed_experts(rows_ND, slot_N)[:, :dim]
-
-        y_TKD = spread.run(i, routed.x_TD[:, :dim], routed.ids_TK[:, : layer.top_k], compute)
-        layer.add_routed(y_TKD, routed, x_TD)
+        spread.offer(i, routed.x_TD[:, :dim], routed.ids_TK[:, : layer.top_k], lane)
+        yield
+        rows_ND, slot_N = spread.take(lane)
+        rows_ND = F.pad(rows_ND, (0, padded(dim) - dim)) if dim % padded(1) else rows_ND
+        spread.give(layer.routed_experts(rows_ND, slot_N)[:, :dim], lane)
+        yield
+        layer.add_routed(spread.results(lane), routed, x_TD)
         layer.add_shared(routed, x_TD)
 
     def _step(self, batch: Batch) -> tuple[structs.Step, object]:

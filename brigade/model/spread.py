@@ -4,7 +4,7 @@ Logical expert ids become slots by a table for each layer (core/placement.py), s
 exchange, and results come back in the order of the ids: which replica computed a row changes nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,6 @@ from brigade.spec.model import ModelSpec
 
 WIDTH = 8
 """Tokens after which the choice among an expert's replicas repeats."""
-Compute = Callable[[Tensor, Tensor], Tensor]
-"""(rows_ND, own slot of each, int32) -> their results, float32 [N, D]."""
 
 
 class Table:
@@ -44,7 +42,8 @@ class Table:
 
 
 class Spread:
-    """The routed experts of all layers as one rank's model calls them: `run`, or its four parts with work in between.
+    """The routed experts of all layers as one rank's model calls them: offer, take, give, results, in this order in
+    each lane, with other work in between.
 
     A rank that holds all experts itself has no exchange: it only counts.
     """
@@ -78,12 +77,6 @@ class Spread:
         self._told = now
         return counts_LE.tolist(), received_L.tolist()
 
-    def run(self, layer: int, x_TD: Tensor, ids_TK: Tensor, compute: Compute, lane: int = 0) -> Tensor:
-        """Results y_TKD float32 of the experts that own tokens were routed to, in the order of their ids."""
-        self.offer(layer, x_TD, ids_TK, lane)
-        self.give(compute(*self.take(lane)), lane)
-        return self.results(lane)
-
     def offer(self, layer: int, x_TD: Tensor, ids_TK: Tensor, lane: int = 0) -> None:
         """Count own tokens and send their rows off. ids_TK: logical experts, -1 for none."""
         i, ids = layer - self._first, ids_TK.numpy()
@@ -102,7 +95,7 @@ class Spread:
         self._lanes.start_combine(lane, y_ND)
 
     def results(self, lane: int = 0) -> Tensor:
-        """y_TKD float32 for what `offer` sent."""
+        """y_TKD float32 for what `offer` sent, in the order of the ids."""
         return self._lanes.finish_combine(lane)
 
     @property

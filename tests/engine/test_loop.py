@@ -34,7 +34,7 @@ class FakeWorker:
     def forget(self, rid: int) -> None:
         del self.n_new[rid]
 
-    def run(self, plan: StepPlan) -> dict[int, Choice]:
+    def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
         self.ran.append(plan)
         assert {s.rid for s in plan.slices} <= set(self.n_new), "a step has a request that the worker does not know"
         choices = {}
@@ -229,10 +229,25 @@ def test_cached_prompt_tokens_are_told(depth: int) -> None:
 @both_depths
 def test_a_worker_that_fails_ends_the_loop(depth: int) -> None:
     class Broken(FakeWorker):
-        def run(self, plan: StepPlan) -> dict[int, Choice]:
+        def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
             raise RuntimeError("out of memory")
 
     channel = FakeChannel({0: [add(1, max_tokens=2)]})
     loop = Loop(Broken({}), Scheduler(PagePool(4, 4), max_step_tokens=8, max_running=2), channel, depth)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="out of memory"):
         loop.run()
+
+
+@pytest.mark.parametrize(("asked", "got"), [(1, {1}), (2, {2}), (0, {1, 2})])
+def test_steps_run_in_as_many_micro_batches_as_asked_for_or_both_ways_are_tried(asked: int, got: set[int]) -> None:
+    class Counting(FakeWorker):
+        def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
+            ran.add(n)
+            return super().run(plan)
+
+    ran: set[int] = set()
+    adds = [Add(rid, [1, 2], SamplingParams(max_tokens=60, ignore_eos=True)) for rid in (1, 2)]
+    scheduler = Scheduler(PagePool(40, 4), max_step_tokens=8, max_running=4)
+    channel: Any = FakeChannel({0: adds})
+    Loop(Counting({}), scheduler, channel, 1, micro_batches=asked).run()  # type: ignore[arg-type]
+    assert ran == got

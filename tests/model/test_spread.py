@@ -1,6 +1,7 @@
 """Logical experts become slots, every token is counted once, and the parts of a layer are what run() does."""
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -69,6 +70,14 @@ class TestTable:
         assert Table([[5, 6] * (WIDTH // 2)]).slots(np.zeros((0, 4), np.int32)).shape == (0, 4)
 
 
+def run(
+    spread: Spread, layer: int, x_TD: Tensor, ids_TK: Tensor, compute: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    spread.offer(layer, x_TD, ids_TK)
+    spread.give(compute(*spread.take()))
+    return spread.results()
+
+
 @pytest.mark.parametrize("redundant", [0, 3, E])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_every_row_goes_to_a_slot_that_holds_its_expert_and_comes_home(redundant: int, ids_dtype: torch.dtype) -> None:
@@ -83,7 +92,7 @@ def test_every_row_goes_to_a_slot_that_holds_its_expert_and_comes_home(redundant
     for rank in range(3):
         spread, exchange = Spread(SPEC, rank, placement), OneRank()
         spread.exchange = exchange
-        y_TKD = spread.run(FIRST + 1, x_TD, ids_TK, compute)
+        y_TKD = run(spread, FIRST + 1, x_TD, ids_TK, compute)
         assert torch.equal(y_TKD, x_TD[:, None] * (1 + ids_TK.long())[:, :, None])
         used |= set(exchange.slots_TK.flatten().tolist())
     assert used == set(range(E + redundant)), "all replicas get tokens"
@@ -94,7 +103,7 @@ def test_own_tokens_are_counted_by_layer_and_expert_and_told_once() -> None:
     spread.exchange = OneRank()
     ids_TK = some_ids(30)
     ids_TK[4] = -1
-    spread.run(FIRST, torch.randn(30, 8), ids_TK, lambda rows, slots: rows)
+    run(spread, FIRST, torch.randn(30, 8), ids_TK, lambda rows, slots: rows)
     spread.count(FIRST + L - 1, some_ids(3))
     counts, received = spread.news()
     assert counts[0] == [int((ids_TK == e).sum()) for e in range(E)]
