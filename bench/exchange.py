@@ -1,10 +1,11 @@
 """What one dispatch and combine costs per layer, for each backend and wire, beside its bytes over what memory can copy.
 
-    python -m bench.exchange [--ranks 2,3,4] [--tokens 1,32,256] [--width 1024] [--k 8] [--rate GBIT]
+    python -m bench.exchange [--ranks 2,3,4] [--tokens 1,32,256] [--width 1024] [--k 8] [--rate GBIT] [--compute US]
 
 Each rank is a process with one thread. Experts compute nothing here: the results are there before they are asked for.
 "hosts" has the ranks on two hosts of this machine, each with a segment of its own. --rate puts all into a network
-namespace, whose one link carries so many Gbit/s for all ranks together; it needs unshare, ip and tc.
+namespace, whose one link carries so many Gbit/s for all ranks together; it needs unshare, ip and tc. --compute measures
+layers instead in which experts compute for so long: as one micro-batch, and as two with half the tokens and time each.
 """
 
 import argparse
@@ -33,8 +34,10 @@ def main() -> int:
     args = _arguments()
     if args.rate and not args.inside:
         return _on_slow_link(args.rate)
+    if args.compute and min(args.tokens) < 2:
+        args.tokens = [n for n in args.tokens if n > 1]
     lines = [line for n_ranks in args.ranks for line in _run(n_ranks, args)]
-    print(_costs(lines, args), _bytes(lines), sep="\n\n", flush=True)
+    print(_overlaps(lines) if args.compute else f"{_costs(lines, args)}\n\n{_bytes(lines)}", flush=True)
     return 0
 
 
@@ -50,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--backends", type=lambda text: text.split(","), default=list(BACKENDS))
     p.add_argument("--seconds", type=float, default=SECONDS)
     p.add_argument("--rate", type=float, default=0, help="Gbit/s of one link for all ranks; 0: this machine's loopback")
+    p.add_argument("--compute", type=float, default=0, help="microseconds of a layer's experts on each rank")
     p.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--rank", help=argparse.SUPPRESS)
     return p.parse_args()
@@ -82,7 +86,7 @@ def _run(n_ranks: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         setup = {
             **{"size": n_ranks, "fd": shared, "addresses": [s.getsockname() for s in socks], "hosts": hosts},
             **{"store": os.path.join(directory, "store")},
-            **{name: getattr(args, name) for name in ("tokens", "width", "k", "seconds", "backends")},
+            **{name: getattr(args, name) for name in ("tokens", "width", "k", "seconds", "backends", "compute")},
         }
         ranks = []
         for rank, sock in enumerate(socks):
@@ -135,6 +139,17 @@ def _bytes(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def _overlaps(lines: list[dict[str, Any]]) -> str:
+    rows = ["| ranks | tokens of a rank | backend | experts, us | one micro-batch, us | two, us | two / one |"]
+    rows.append("|--:|--:|---|--:|--:|--:|--:|")
+    for e in lines:
+        rows.append(
+            f"| {e['ranks']} | {e['tokens']} | {e['backend']} | {e['compute']:.0f} | {1e6 * e['one']:.0f} "
+            f"| {1e6 * e['median']:.0f} | {e['median'] / e['one']:.2f} |"
+        )
+    return "\n".join(rows)
+
+
 def _pays_below(exact: dict[str, Any], rounded: dict[str, Any]) -> str:
     later = rounded["median"] - exact["median"]
     return "any" if later <= 0 else f"{8e-9 * (exact['sent'] - rounded['sent']) / later:.1f}"
@@ -156,7 +171,7 @@ def _rank(setup: dict[str, Any]) -> None:
     rank, size, width, k = (setup[n] for n in ("rank", "size", "width", "k"))
     bounds = [SLOTS_PER_RANK * r for r in range(size + 1)]
     shared, make = _exchanges(setup, bounds)
-    ways = {name: _wire(name, width) for name in WIRES}
+    ways = {name: _wire(name, width) for name in (WIRES[:1] if setup["compute"] else WIRES)}
     exchanges = {(b, name): make(b, way) for b in setup["backends"] for name, way in ways.items()}
     out = []
     for n_tokens in setup["tokens"]:
@@ -167,6 +182,10 @@ def _rank(setup: dict[str, Any]) -> None:
         bandwidth = _bandwidth(shared)
         for (backend, name), exchange in exchanges.items():
             way = ways[name]
+            if setup["compute"]:
+                out.append({"backend": backend, "tokens": n_tokens, "bandwidth": bandwidth, "copied": 0, "sent": 0})
+                out[-1] |= _cut(exchange, x_TD, slots_TK, shared, setup)
+                continue
             exchange.start_dispatch(0, x_TD, slots_TK)
             rows_ND, _ = exchange.finish_dispatch(0)
             y_ND = rows_ND.float()
@@ -197,6 +216,28 @@ def _rank(setup: dict[str, Any]) -> None:
             )
     shared.share([])  # who ends first would seem lost to the others
     print(json.dumps(out))
+
+
+def _cut(exchange: Any, x_TD: Any, slots_TK: Any, group: Any, setup: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a layer in one micro-batch and in two, in the order of calls of model/overlap.py."""
+    from brigade.model.overlap import in_turn
+
+    def layer(lane: int, first: int, last: int, us: float) -> Any:
+        exchange.start_dispatch(lane, x_TD[first:last], slots_TK[first:last])
+        yield
+        rows_ND, _ = exchange.finish_dispatch(lane)
+        y_ND = rows_ND.float()
+        until = time.perf_counter() + us / 1e6
+        while time.perf_counter() < until:
+            pass
+        exchange.start_combine(lane, y_ND)
+        yield
+        exchange.finish_combine(lane)
+
+    n, us = len(x_TD), setup["compute"]
+    one = _times(lambda: in_turn([layer(0, 0, n, us)]), group, setup["seconds"])
+    two = _times(lambda: in_turn([layer(0, 0, n // 2, us / 2), layer(1, n // 2, n, us / 2)]), group, setup["seconds"])
+    return {"compute": us, "one": statistics.median(one), "median": statistics.median(two)}
 
 
 def _wire(name: Any, width: int) -> Any:
