@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from brigade.cli import bench, chat, doctor, experts, join, serve
+from brigade.cli import bench, chat, doctor, experts, explain, join, serve
 from brigade.cli.fault import Fault, one_line
 
 
@@ -40,6 +40,7 @@ app.command()(chat.chat)
 app.command()(bench.bench)
 app.command()(experts.experts)
 app.command()(doctor.doctor)
+app.command()(explain.explain)
 
 
 def version_line() -> str:

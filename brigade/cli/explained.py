@@ -1,0 +1,351 @@
+"""What a deployment comes to: every value with its reason, ranks, experts, memory, ports. Reads no weights, no torch.
+
+Numbers come from where the engine takes them: the table of parameters, the engine's defaults, the first placement.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from brigade.cli.deployed import Deployed, others_can_read
+from brigade.cli.fault import Fault
+from brigade.cli.units import show_size
+from brigade.comm.segment import Shape
+from brigade.core import placement
+from brigade.core.placement import Placement
+from brigade.engine.auto import Machine
+from brigade.engine.config import EngineConfig
+from brigade.spec.deploy import Deployment, Units, is_loopback
+from brigade.spec.layout import Layout
+from brigade.spec.memory import Part, WeightKind, kv_bytes, weight_bytes
+from brigade.spec.model import ModelSpec
+
+DEFAULT = "not given: the engine's default"
+GIVEN = "as the file says"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One setting: what it is, and where it comes from."""
+
+    key: str
+    value: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank and the routed experts it holds in each layer with experts, before any load is known."""
+
+    rank: int
+    host: str
+    local_rank: int
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank; of the one with most experts where they differ."""
+
+    weights: dict[Part, int]
+    weight_type: str
+    kv_cache: int | None
+    """None: depends on what is free where it runs."""
+    kv_token: int
+    """Bytes of one position."""
+    kv_tokens: int | None
+    """Positions the cache holds."""
+    segment: int
+    """Shared by the ranks of a host, at most: only pages that were written cost memory."""
+    available: int | None
+    verdict: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.weights.values()) + (self.kv_cache or 0)
+
+
+@dataclass(frozen=True)
+class Unit:
+    name: str
+    role: str
+    values: tuple[Value, ...]
+    hosts: tuple[str, ...]
+    ranks: tuple[Rank, ...]
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Port:
+    where: str
+    port: str
+    who: str
+    guard: str
+
+
+@dataclass(frozen=True)
+class Explained:
+    file: str
+    values: tuple[Value, ...]
+    units: tuple[Unit, ...]
+    ports: tuple[Port, ...]
+    notes: tuple[str, ...]
+
+
+def explain(deployed: Deployed, spec: ModelSpec, machine: Machine) -> Explained:
+    """Everything the file leads to, if this machine is `machine`. Raises Fault for numbers that do not fit."""
+    d = deployed.what
+    units: list[Unit] = []
+    for kind in d.units:
+        for layout in kind.layouts():
+            same_role = [u for u in units if u.role == kind.role]
+            units.append(_unit(deployed, spec, machine, kind, layout, len(same_role)))
+    return Explained(
+        file=str(deployed.file),
+        values=_values(deployed, spec),
+        units=tuple(units),
+        ports=_ports(d),
+        notes=(*cannot_run(deployed, spec), *_notes(deployed)),
+    )
+
+
+def cannot_run(deployed: Deployed, spec: ModelSpec) -> list[str]:
+    """Why `brigade up` would not start this deployment; empty if it would."""
+    d, out = deployed.what, []
+    if spec.moe is None and any(u.redundant_experts for u in d.units):
+        out.append("redundant_experts: this model has no routed experts; leave the key out")
+    if len(d.units) > 1 or d.units[0].count > 1 or d.units[0].role != "mixed":
+        what = ", ".join(f"{u.count} {u.role}" for u in d.units)
+        out.append(f"units: {what}; this version runs one unit of role mixed, so `brigade up` refuses the file")
+        return out
+    out += _unit_problems(d.units[0], d.units[0].layouts()[0], spec)
+    try:
+        deployed.engine_config(d.units[0], d.units[0].layouts()[0].n_ranks)
+    except Fault as e:
+        out.append(str(e))
+    return out
+
+
+def _unit_problems(units: Units, layout: Layout, spec: ModelSpec) -> list[str]:
+    out = []
+    if spec.moe is not None and layout.n_ranks > spec.moe.n_experts:
+        out.append(
+            f"units[0]: {layout.n_ranks} ranks, but the model has {spec.moe.n_experts} routed experts a layer; "
+            "give fewer hosts or ranks_per_host"
+        )
+    if units.redundant_experts:
+        out.append("units[0].redundant_experts: this version holds each expert once; leave the key out to run it")
+    if len(layout.hosts) > 1:
+        out.append("units[0].hosts: this version runs a unit on one host")
+    return out
+
+
+def _values(deployed: Deployed, spec: ModelSpec) -> tuple[Value, ...]:
+    d = deployed.what
+    why_weights = GIVEN if "weights" in d.given else "not given: bf16 on the C++ kernels; without them, what torch fits"
+    scaled = ", from FP8 blocks in the checkpoint" if spec.block_scale else ""
+    n_experts = f", {spec.moe.n_experts} routed experts of which {spec.moe.top_k} are active" if spec.moe else ""
+    return (
+        Value("model", str(deployed.model), GIVEN if d.model else "not given: the bundled demo model"),
+        Value("model name", deployed.served_name, "the folder's name; clients ask for it"),
+        Value("architecture", spec.architecture, f"config.json: {spec.n_layers} layers{n_experts}"),
+        Value("weights", _kind(d) if d.weights != "auto" else "auto", why_weights + scaled),
+        Value("listen", f"{d.listen[0]}:{d.listen[1]}", _why("listen" in d.given, "this machine only")),
+        Value("clients' keys", *_key(deployed, d.api_key_file, "api_key_file", "only this machine can reach it")),
+        Value("host_port", str(d.host_port), _why("host_port" in d.given, "used where a unit has several hosts")),
+        Value("hosts' secret", *_key(deployed, d.secret_file, "secret_file", "no unit has several hosts")),
+    )
+
+
+def _why(given: bool, otherwise: str) -> str:
+    return GIVEN if given else f"not given: {otherwise}"
+
+
+def _key(deployed: Deployed, name: str | None, key: str, without: str) -> tuple[str, str]:
+    if name is None:
+        return "none", f"{key} not given: {without}"
+    return "1", f"from {deployed.path(name)}"
+
+
+def _kind(d: Deployment) -> WeightKind:
+    return "bf16" if d.weights == "auto" else d.weights
+
+
+def _unit(deployed: Deployed, spec: ModelSpec, machine: Machine, kind: Units, layout: Layout, number: int) -> Unit:
+    config = deployed.engine_config(kind)
+    placed = _placed(spec, kind, layout)
+    memory = _memory(deployed.what, spec, machine, kind, layout, config, placed)
+    return Unit(
+        name=f"{kind.role} {number}",
+        role=kind.role,
+        values=_unit_values(deployed.what, spec, kind, layout, config, placed),
+        hosts=tuple(h.address for h in layout.hosts),
+        ranks=tuple(_ranks(layout, placed)),
+        memory=memory,
+    )
+
+
+def _placed(spec: ModelSpec, kind: Units, layout: Layout) -> Placement | None:
+    """Where experts are before any load is known; None for a model without any."""
+    if spec.moe is None or layout.n_ranks > spec.moe.n_experts + kind.redundant_experts:
+        return None
+    return placement.initial(
+        spec.n_layers - spec.n_dense,
+        spec.moe.n_experts,
+        n_slots=spec.moe.n_experts + kind.redundant_experts,
+        n_ranks=layout.n_ranks,
+        n_nodes=len(layout.hosts),
+        n_groups=spec.moe.n_groups,
+    )
+
+
+def _ranks(layout: Layout, placed: Placement | None) -> list[Rank]:
+    out = []
+    for h, host in enumerate(layout.hosts):
+        for local, rank in enumerate(layout.ranks(h)):
+            slots = placed.slots_of_rank[rank] if placed else range(0)
+            experts = placed.phy2log[0][slots.start : slots.stop] if placed else ()
+            out.append(Rank(rank, host.address, local, tuple(experts)))
+    return out
+
+
+def _unit_values(
+    d: Deployment, spec: ModelSpec, kind: Units, layout: Layout, config: EngineConfig, placed: Placement | None
+) -> tuple[Value, ...]:
+    n_hosts, each = len(layout.hosts), kind.ranks_per_host
+    out = [
+        Value("hosts", str(n_hosts), GIVEN if "hosts" in kind.given else "not given: this machine"),
+        Value("ranks_per_host", str(each), _why("ranks_per_host" in kind.given, "one rank uses all cores of its host")),
+        Value(
+            "ranks",
+            str(layout.n_ranks),
+            f"{n_hosts} x {each}: each has all of attention and a part of the experts",
+        ),
+    ]
+    if placed is not None:
+        sizes = [len(s) for s in placed.slots_of_rank]
+        slots = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+        extra = kind.redundant_experts
+        why = f"{placed.n_experts} experts + {extra} redundant" if extra else f"{placed.n_experts} experts, each once"
+        out.append(Value("expert slots", str(placed.n_slots), why))
+        out.append(Value("slots of a rank", slots, f"{placed.n_slots} over {layout.n_ranks} ranks, in each layer"))
+        if spec.moe and spec.moe.n_shared:
+            out.append(Value("shared experts", f"{spec.moe.n_shared} on every rank", "every token needs them"))
+    limits = d.limits_of(kind)
+    for name in ("max_running", "max_waiting", "max_step_tokens"):
+        per = "for the unit" if name == "max_waiting" else "each rank"
+        why = GIVEN if getattr(limits, name) is not None else DEFAULT
+        out.append(Value(name, f"{getattr(config, name)} {per}", why))
+    wanted = limits.max_context or spec.context
+    context = min(wanted, spec.context)
+    why = GIVEN if limits.max_context else "not given: the model's, or what the KV cache holds"
+    out.append(Value("max_context", str(context), why if wanted <= spec.context else f"the model's; {wanted} is more"))
+    return tuple(out)
+
+
+def _memory(
+    d: Deployment,
+    spec: ModelSpec,
+    machine: Machine,
+    kind: Units,
+    layout: Layout,
+    config: EngineConfig,
+    placed: Placement | None,
+) -> Memory:
+    n_slots = max(len(s) for s in placed.slots_of_rank) if placed else 0
+    weights = weight_bytes(spec, _kind(d), n_slots)
+    available, whose = _available(d, machine, layout)
+    page = kv_bytes(spec, config.page)
+    context = min(config.max_context or spec.context, spec.context)
+    most = -(-context // config.page) * config.max_running
+    n_pages: int | None = None
+    if config.kv_bytes:
+        n_pages = config.kv_bytes // page
+    elif available is not None:
+        n_pages = min(max(available - sum(weights.values()), 0) // 4 // page, most)
+    cache = None if n_pages is None else n_pages * page
+    return Memory(
+        weights=weights,
+        weight_type=_kind(d),
+        kv_cache=cache,
+        kv_token=kv_bytes(spec, 1),
+        kv_tokens=None if n_pages is None else n_pages * config.page,
+        segment=_segment(spec, layout, config),
+        available=available,
+        verdict=_verdict(sum(weights.values()), cache, page, available, whose),
+    )
+
+
+def _available(d: Deployment, machine: Machine, layout: Layout) -> tuple[int | None, str]:
+    """Bytes a rank may take, and who says so. Ranks of this machine share what is free."""
+    if d.rank_memory is not None:
+        return d.rank_memory, "rank_memory"
+    if not all(is_loopback(h.address) for h in layout.hosts):
+        return None, ""
+    n_here = sum(x.n_ranks for u in d.units for x in u.layouts())
+    return machine.free_bytes // n_here, f"{show_size(machine.free_bytes)} free here, shared by {n_here} ranks"
+
+
+def _verdict(weights: int, cache: int | None, page: int, available: int | None, whose: str) -> str:
+    if available is None:
+        return "not checked: give rank_memory, since these hosts are other machines"
+    shown = f"{show_size(available)} ({whose})"
+    if weights > available:
+        return f"does not fit: weights alone need {show_size(weights)} of {shown}; give more ranks, or smaller weights"
+    if weights + (cache or 0) > available:
+        return f"does not fit: {show_size(weights + (cache or 0))} of {shown}; give less kv_memory, or more ranks"
+    if cache is not None and cache < 2 * page:
+        return f"does not fit: {show_size(available - weights)} left of {shown} hold no request; give more ranks"
+    return f"fits: {show_size(weights + (cache or 0))} of {shown}"
+
+
+def _segment(spec: ModelSpec, layout: Layout, config: EngineConfig) -> int:
+    """A host's shared memory for the exchange between its ranks, with room for what ranks of other hosts send."""
+    if layout.n_ranks == 1:
+        return 0
+    alike = len(set(layout.sizes)) == 1
+    times = len(layout.hosts) if alike else layout.n_ranks
+    top_k = spec.moe.top_k if spec.moe else 1
+    return Shape(max(layout.sizes), config.max_step_tokens * times, spec.dim, top_k).size
+
+
+def _ports(d: Deployment) -> tuple[Port, ...]:
+    address, port = d.listen
+    guard = "the key of api_key_file" if d.api_key_file else "none, but only as localhost"
+    who = "this machine" if is_loopback(address) else "whoever reaches this address"
+    out = [Port(address, str(port), f"clients: {who}", guard)]
+    for units in d.units:
+        for layout in units.layouts():
+            if len(layout.hosts) == 1:
+                continue
+            guard, head = "the secret of secret_file", layout.hosts[0].address
+            out.append(Port(head, str(d.host_port), f"the unit's other hosts ({len(layout.hosts) - 1})", guard))
+            for host in layout.hosts:
+                free = f"{host.n_ranks} free ones"
+                out.append(Port(host.address, free, "ranks of the unit's other hosts", guard))
+    return tuple(out)
+
+
+def _notes(deployed: Deployed) -> list[str]:
+    d, out = deployed.what, []
+    for key in ("api_key_file", "secret_file"):
+        name = getattr(d, key)
+        if name is None:
+            continue
+        path = deployed.path(name)
+        if not path.exists():
+            out.append(f"{key}: {path} is not there yet; openssl rand -hex 32 > {path}")
+        elif others_can_read(path):
+            out.append(f"{key}: other users of this machine can read {path}; chmod 600 it")
+    if any(len(x.hosts) > 1 for u in d.units for x in u.layouts()):
+        out.append("traffic between hosts is not encrypted: let them reach each other over a network of your own")
+    return out
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 7 -> "0-2 7"."""
+    if not numbers:
+        return "none"
+    cuts = [0, *(i for i, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1), len(numbers)]
+    parts = [numbers[a:b] for a, b in pairwise(cuts)]
+    return " ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
