@@ -1,4 +1,4 @@
-"""The command line: `brigade serve`, `join`, `chat` and so on. Reads options and shows results; decides nothing else.
+"""The command line: `brigade serve`, `up`, `chat` and the tools. Reads options and shows results; decides nothing else.
 
 Modules here import only typer and the standard library at the top, so that --help and --version answer at once.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from brigade.cli import bench, chat, doctor, experts, explain, join, serve
+from brigade.cli import bench, chat, doctor, experts, explain, join, manifest, serve, up
 from brigade.cli.fault import Fault, one_line
 
 
@@ -40,7 +40,9 @@ app.command()(chat.chat)
 app.command()(bench.bench)
 app.command()(experts.experts)
 app.command()(doctor.doctor)
+app.command()(up.up)
 app.command()(explain.explain)
+app.command()(manifest.manifest)
 
 
 def version_line() -> str:

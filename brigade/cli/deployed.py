@@ -80,6 +80,8 @@ def read_key(path: Path, where: str) -> str:
     try:
         if not path.is_file():
             raise Fault(f"{where}: {path} is not a file; write the key into it: openssl rand -hex 32 > {path}", 2)
+        if others_can_read(path):
+            raise Fault(f"{where}: others than its owner may use {path}; run: chmod 600 {path}", 2)
         with path.open("rb") as file:
             raw = file.read(MOST_KEY_BYTES + 1)
         lines = raw.decode("ascii").split()
@@ -93,8 +95,8 @@ def read_key(path: Path, where: str) -> str:
 
 
 def others_can_read(path: Path) -> bool:
-    """Whether other users of this machine can read a key."""
+    """Whether other users of this machine can use a file with a key."""
     try:
-        return bool(path.stat().st_mode & 0o044)
+        return bool(path.stat().st_mode & 0o077)
     except OSError:
         return False

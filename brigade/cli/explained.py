@@ -172,16 +172,14 @@ def _kind(d: Deployment) -> WeightKind:
 
 
 def _unit(deployed: Deployed, spec: ModelSpec, machine: Machine, kind: Units, layout: Layout, number: int) -> Unit:
-    config = deployed.engine_config(kind)
     placed = _placed(spec, kind, layout)
-    memory = _memory(deployed.what, spec, machine, kind, layout, config, placed)
     return Unit(
         name=f"{kind.role} {number}",
         role=kind.role,
-        values=_unit_values(deployed.what, spec, kind, layout, config, placed),
+        values=_unit_values(deployed, spec, kind, layout, placed),
         hosts=tuple(h.address for h in layout.hosts),
         ranks=tuple(_ranks(layout, placed)),
-        memory=memory,
+        memory=memory_of(deployed, spec, machine, kind, layout),
     )
 
 
@@ -210,8 +208,9 @@ def _ranks(layout: Layout, placed: Placement | None) -> list[Rank]:
 
 
 def _unit_values(
-    d: Deployment, spec: ModelSpec, kind: Units, layout: Layout, config: EngineConfig, placed: Placement | None
+    deployed: Deployed, spec: ModelSpec, kind: Units, layout: Layout, placed: Placement | None
 ) -> tuple[Value, ...]:
+    d, config = deployed.what, deployed.engine_config(kind)
     n_hosts, each = len(layout.hosts), kind.ranks_per_host
     out = [
         Value("hosts", str(n_hosts), GIVEN if "hosts" in kind.given else "not given: this machine"),
@@ -243,15 +242,9 @@ def _unit_values(
     return tuple(out)
 
 
-def _memory(
-    d: Deployment,
-    spec: ModelSpec,
-    machine: Machine,
-    kind: Units,
-    layout: Layout,
-    config: EngineConfig,
-    placed: Placement | None,
-) -> Memory:
+def memory_of(deployed: Deployed, spec: ModelSpec, machine: Machine, kind: Units, layout: Layout) -> Memory:
+    """What a rank of one of these units holds, and whether it fits. Raises Fault."""
+    d, config, placed = deployed.what, deployed.engine_config(kind), _placed(spec, kind, layout)
     n_slots = max(len(s) for s in placed.slots_of_rank) if placed else 0
     weights = weight_bytes(spec, _kind(d), n_slots)
     available, whose = _available(d, machine, layout)
@@ -336,7 +329,7 @@ def _notes(deployed: Deployed) -> list[str]:
         if not path.exists():
             out.append(f"{key}: {path} is not there yet; openssl rand -hex 32 > {path}")
         elif others_can_read(path):
-            out.append(f"{key}: other users of this machine can read {path}; chmod 600 it")
+            out.append(f"{key}: others than its owner may use {path}, so it is refused; chmod 600 it")
     if any(len(x.hosts) > 1 for u in d.units for x in u.layouts()):
         out.append("traffic between hosts is not encrypted: let them reach each other over a network of your own")
     return out

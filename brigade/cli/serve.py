@@ -113,8 +113,7 @@ def serve(
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
     """Serve a model with OpenAI's API. Ctrl-C lets running requests finish, then ends."""
-    if log_level not in LOG_LEVELS:
-        raise Fault(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {log_level}", 2)
+    check_log_level(log_level)
     several = parse_hosts(hosts, secret_file, join_port) if hosts else None
     try:
         engine = EngineConfig(
@@ -146,10 +145,20 @@ def serve(
         web.check()
     except ValueError as e:
         raise Fault(str(e), 2) from e
+    start(engine, web, log_level, until_eof)
+
+
+def check_log_level(log_level: str) -> None:
+    if log_level not in LOG_LEVELS:
+        raise Fault(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {log_level}", 2)
+
+
+def start(engine: EngineConfig, web: ServeConfig, log_level: str, until_eof: bool = False) -> None:
+    """Serve until a signal ends it. `web` has passed its check. Raises Fault."""
     # The server says the same when it binds, but only after a model has been loaded for nothing.
-    if problem := port_problem(web.addresses()[0], port):
+    if problem := port_problem(web.addresses()[0], web.port):
         raise Fault(
-            f"cannot listen on {host} port {port} ({problem}); stop what uses it, or choose another with --port"
+            f"cannot listen on {web.host} port {web.port} ({problem}); stop what uses it, or choose another port"
         )
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if until_eof:

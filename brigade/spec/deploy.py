@@ -35,7 +35,7 @@ BOUNDS = {
 }
 SIZES = {"kv_memory": (1 << 10, 1 << 50), "rank_memory": (1 << 20, 1 << 50)}
 MOST_HOSTS = 4096
-MOST_SIZE_CHARS = 40
+MOST_SIZE_CHARS, MOST_KEY_CHARS = 40, 60
 INSTEAD = {
     "api_key": "keys never stand in this file; write the key into a file and name that with 'api_key_file'",
     "secret": "secrets never stand in this file; write it into a file and name that with 'secret_file'",
@@ -140,6 +140,28 @@ def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[P
     return result
 
 
+def plain(d: Deployment) -> dict[str, Any]:
+    """The plain values of a file that says this: what was given, and what is not as it would be without."""
+    out = _said(d, Deployment())
+    if "listen" in out:
+        host, port = d.listen
+        out["listen"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if "units" in out:
+        out["units"] = [_said(u, Units(u.role), always=("role",)) for u in d.units]
+    return out
+
+
+def _said(value: Deployment | Units | Limits, default: object, always: tuple[str, ...] = ()) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    given: frozenset[str] = getattr(value, "given", frozenset())
+    for f in fields(value):
+        v = getattr(value, f.name)
+        if f.name == "given" or not (f.name in given or f.name in always or v != getattr(default, f.name)):
+            continue
+        out[f.name] = _said(v, Limits()) if isinstance(v, Limits) else list(v) if isinstance(v, tuple) else v
+    return out
+
+
 def shown(path: Path) -> str:
     """("units", 0, "hosts", 1) -> units[0].hosts[1]."""
     text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)
@@ -167,7 +189,7 @@ class _Table:
             raise source.fault(path, f"{what} must be keys with values, like 'model: /models/mine', not {_kind(data)}")
         for key in data:
             if key not in keys:
-                raise source.fault((*path, key), _unknown(key, keys))
+                raise source.fault((*path, str(key)[:MOST_KEY_CHARS]), _unknown(key, keys))
         self.values: dict[str, Any] = data
         self._path, self._source = path, source
 
