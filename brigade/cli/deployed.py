@@ -67,13 +67,6 @@ class Deployed:
             raise Fault(f"{self.file}: {e}", 2) from e
         return web
 
-    def secret(self) -> bytes:
-        """What the hosts know each other by. Raises Fault."""
-        name = self.what.secret_file
-        if name is None:
-            raise Fault(f"{self.file}: secret_file is missing; several hosts need one", 2)
-        return read_key(self.path(name), f"{self.file}: secret_file").encode()
-
 
 def read_key(path: Path, where: str) -> str:
     """The one line of a file that holds a key. Raises Fault; the key is never part of a message."""

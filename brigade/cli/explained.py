@@ -135,8 +135,6 @@ def _unit_problems(units: Units, layout: Layout, spec: ModelSpec) -> list[str]:
         )
     if units.redundant_experts:
         out.append("units[0].redundant_experts: this version holds each expert once; leave the key out to run it")
-    if len(layout.hosts) > 1:
-        out.append("units[0].hosts: this version runs a unit on one host")
     return out
 
 

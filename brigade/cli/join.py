@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,11 +19,19 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def join(
-    head: Annotated[str, typer.Argument(help="Address of the head: HOST or HOST:PORT (an IPv6 host in brackets).")],
-    address: Annotated[str, typer.Option(help="This machine's address, as the head's layout has it.")],
-    secret_file: Annotated[
-        str, typer.Option(help="File with the secret that all hosts share; only its owner may read it.")
+    head: Annotated[
+        str,
+        typer.Argument(help="Address of the head, HOST or HOST:PORT (an IPv6 host in brackets), or a deployment file."),
     ],
+    address: Annotated[
+        str, typer.Option("--address", "--host", help="This machine's address, as the head's layout has it.")
+    ],
+    secret_file: Annotated[
+        str,
+        typer.Option(
+            help="File with the secret that all hosts share; only its owner may read it. A file as HEAD names its own."
+        ),
+    ] = "",
     model: Annotated[str, typer.Option(help="This machine's copy of the model. Default: the head's folder.")] = "",
     wait: Annotated[
         float, typer.Option(help="Seconds to call a head that does not answer, also after it was lost; 0: for ever.")
@@ -32,15 +41,36 @@ def join(
     """Run this machine's ranks of a unit; its head says which. Ctrl-C ends them."""
     if log_level not in LOG_LEVELS:
         raise Fault(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {log_level}", 2)
-    where, secret = parse_address(head), read_secret(secret_file)
-    from brigade.engine.supervisor import JoinConfig
-
-    try:
-        config = JoinConfig(head=where, address=address, secret=secret, model=model, wait=wait)
-    except ValueError as e:
-        raise Fault(str(e), 2) from e
+    config = _from_file(Path(head), address, wait) if is_file(head) else None
+    if config is not None and (secret_file or model):
+        raise Fault(f"{head} says which model and which secret; leave --model and --secret-file out", 2)
+    config = config or _from_options(head, address, secret_file, model, wait)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     run(config)
+
+
+def is_file(head: str) -> bool:
+    """Whether the argument names a deployment file."""
+    return head.endswith((".yaml", ".yml"))
+
+
+def _from_file(file: Path, address: str, wait: float) -> "JoinConfig":
+    from brigade.cli.launch import read_launch
+
+    return read_launch(file).join(address, wait)
+
+
+def _from_options(head: str, address: str, secret_file: str, model: str, wait: float) -> "JoinConfig":
+    from brigade.engine.supervisor import JoinConfig
+
+    if not secret_file:
+        raise Fault("--secret-file is missing: hosts know each other by the secret in it", 2)
+    try:
+        return JoinConfig(
+            head=parse_address(head), address=address, secret=read_secret(secret_file), model=model, wait=wait
+        )
+    except ValueError as e:
+        raise Fault(str(e), 2) from e
 
 
 def run(config: "JoinConfig") -> None:

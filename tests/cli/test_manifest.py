@@ -9,7 +9,7 @@ import jsonschema_rs
 import pytest
 import yaml
 
-from brigade.cli import explained, manifest
+from brigade.cli import manifest
 from brigade.cli.deployment_file import parse
 from brigade.spec.deploy import deployment_from
 from tests.cli.kubernetes_schema import BY_KIND
@@ -34,12 +34,6 @@ def objects(folder: Path, text: str, *options: str) -> dict[str, dict[str, Any]]
     return {o["kind"]: o for o in yaml.safe_load_all(out)}
 
 
-@pytest.fixture
-def several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Manifests for several hosts, whether or not this version starts them."""
-    monkeypatch.setattr(explained, "cannot_run", lambda deployed, spec: [])
-
-
 def pods_of(lws: dict[str, Any]) -> list[str]:
     """DNS names inside the namespace, by LeaderWorkerSet's own rule for subdomain policy Shared."""
     assert lws["spec"]["networkConfig"]["subdomainPolicy"] == "Shared"
@@ -47,7 +41,6 @@ def pods_of(lws: dict[str, Any]) -> list[str]:
     return [f"{name}-0.{name}", *(f"{name}-0-{worker}.{name}" for worker in range(1, size))]
 
 
-@pytest.mark.usefixtures("several_hosts")
 @pytest.mark.parametrize("text", [ONE_HOST, THREE_HOSTS])
 def test_the_objects_are_what_the_api_accepts(tmp_path: Path, text: str) -> None:
     found = objects(tmp_path, text)
@@ -61,7 +54,6 @@ def errors(kind: str, value: Any) -> list[Any]:
     return list(jsonschema_rs.validator_for(BY_KIND[kind]).iter_errors(json.loads(json.dumps(value))))
 
 
-@pytest.mark.usefixtures("several_hosts")
 def test_the_schema_would_see_a_mistake(tmp_path: Path) -> None:
     lws = objects(tmp_path, THREE_HOSTS)["LeaderWorkerSet"]
     for path, value in (("restartPolicy", "Never"), ("size", 0), ("Size", 3)):
@@ -70,7 +62,6 @@ def test_the_schema_would_see_a_mistake(tmp_path: Path) -> None:
         assert errors("LeaderWorkerSet", wrong)
 
 
-@pytest.mark.usefixtures("several_hosts")
 @pytest.mark.parametrize("text", [ONE_HOST, THREE_HOSTS])
 def test_pods_have_the_names_that_the_layout_inside_has(tmp_path: Path, text: str) -> None:
     found = objects(tmp_path, text, "--name", "crew")

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from brigade.cli import up
 from brigade.cli.deployed import Deployed, read_key
 from brigade.cli.fault import Fault
-from brigade.engine.config import DEMO_MODEL
+from brigade.cli.launch import engine_config, read_launch
+from brigade.engine.config import DEMO_MODEL, JOIN_PORT
+from brigade.engine.terms import layout_terms
 from brigade.spec.config import read_spec
-from brigade.spec.deploy import deployment_from
+from brigade.spec.deploy import HOST_PORT, deployment_from
 from tests.cli.test_command_line import invoke
 
 KEY = "a-key-of-sixteen-characters"
@@ -50,20 +52,51 @@ def test_the_file_is_served(tmp_path: Path) -> None:
     assert code == 0
 
 
+def test_a_unit_on_two_hosts_is_started_from_the_same_file(tmp_path: Path) -> None:
+    """Loopback has many addresses, so one machine can be two hosts."""
+    (tmp_path / "hosts").write_text("a secret of more than sixteen bytes\n")
+    (tmp_path / "hosts").chmod(0o600)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    file = written(
+        tmp_path,
+        f"listen: 127.0.0.1:0\nsecret_file: hosts\nhost_port: {port}\nlimits: {{kv_memory: 16MiB}}\n"
+        "units: [{role: mixed, hosts: [127.0.0.1, 127.0.0.2]}]\n",
+    )
+    brigade = [sys.executable, "-m", "brigade"]
+    head = subprocess.Popen([*brigade, "up", str(file)], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([*brigade, "join", str(file), "--host", "127.0.0.2"])
+    try:
+        assert head.stdout is not None
+        url = head.stdout.readline().removeprefix("Brigade is ready at ").strip()
+        body = json.dumps({"model": "brigade-demo", "prompt": "Once", "max_tokens": 4}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 4
+        head.send_signal(signal.SIGINT)
+        assert (head.wait(30), other.wait(30)) == (0, 0)
+    finally:
+        for process in (head, other):
+            process.kill()
+            process.wait(10)
+        head.stdout.close()  # type: ignore[union-attr]
+
+
 def test_settings_of_the_file_are_the_engines(tmp_path: Path) -> None:
     limits = {"max_running": 5, "max_waiting": 6, "max_context": 70, "max_step_tokens": 80, "kv_memory": "1MiB"}
     data = {"weights": "int8", "limits": limits, "units": [{"role": "mixed", "ranks_per_host": 3}]}
-    engine = up.engine_config(Deployed(tmp_path / "d.yaml", deployment_from(data)), read_spec(DEMO_MODEL))
+    engine = engine_config(Deployed(tmp_path / "d.yaml", deployment_from(data)), read_spec(DEMO_MODEL))
     assert (engine.model, engine.weights, engine.ranks, engine.kv_bytes) == (str(DEMO_MODEL), "int8", 3, 1 << 20)
     assert (engine.max_running, engine.max_waiting, engine.max_context, engine.max_step_tokens) == (5, 6, 70, 80)
 
 
 def test_a_ranks_memory_bounds_its_cache(tmp_path: Path) -> None:
     spec = read_spec(DEMO_MODEL)
-    engine = up.engine_config(Deployed(tmp_path / "d.yaml", deployment_from({"rank_memory": "64MiB"})), spec)
+    engine = engine_config(Deployed(tmp_path / "d.yaml", deployment_from({"rank_memory": "64MiB"})), spec)
     assert 0 < engine.kv_bytes < (64 << 20) // 4
     with pytest.raises(Fault, match="weights alone need"):
-        up.engine_config(Deployed(tmp_path / "d.yaml", deployment_from({"rank_memory": "2MiB"})), spec)
+        engine_config(Deployed(tmp_path / "d.yaml", deployment_from({"rank_memory": "2MiB"})), spec)
 
 
 @pytest.mark.parametrize(
@@ -97,3 +130,43 @@ def test_a_key_file_of_bytes(tmp_path: Path) -> None:
     (tmp_path / "k").chmod(0o600)
     with pytest.raises(Fault, match="bytes that are not plain characters"):
         read_key(tmp_path / "k", "d.yaml: api_key_file")
+
+
+def two_hosts(folder: Path, *, more: str = "") -> Path:
+    (folder / "hosts").write_text("a secret of more than sixteen bytes\n")
+    (folder / "hosts").chmod(0o600)
+    text = f"secret_file: hosts\nhost_port: 7123\n{more}units: [{{role: mixed, hosts: [10.0.0.1, 10.0.0.2]}}]\n"
+    return written(folder, text)
+
+
+def test_the_head_and_a_host_that_joins_agree_on_everything(tmp_path: Path) -> None:
+    launch = read_launch(two_hosts(tmp_path, more="rank_memory: 1GiB\n"))
+    assert launch.hosts is not None
+    assert (launch.hosts.port, launch.hosts.layout.n_ranks) == (7123, 2)
+    join = launch.join("10.0.0.2", 5.0)
+    assert (join.head, join.address, join.secret) == (("10.0.0.1", 7123), "10.0.0.2", launch.hosts.secret)
+    assert join.terms == layout_terms(launch.hosts.layout, launch.engine)
+    assert join.terms["kv_bytes"] == str(launch.engine.kv_bytes) != "0"
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.9"])
+def test_only_hosts_of_the_file_join(tmp_path: Path, address: str) -> None:
+    code, _, err = invoke("join", str(two_hosts(tmp_path)), "--host", address)
+    assert code == 2
+    assert f"{address} is not one of the hosts that join; they are 10.0.0.2" in err
+
+
+def test_a_file_leaves_no_room_for_another_secret(tmp_path: Path) -> None:
+    code, _, err = invoke("join", str(two_hosts(tmp_path)), "--host", "10.0.0.2", "--secret-file", "x")
+    assert code == 2
+    assert "leave --model and --secret-file out" in err
+
+
+def test_without_a_file_a_host_needs_a_secret() -> None:
+    code, _, err = invoke("join", "10.0.0.1", "--address", "10.0.0.2")
+    assert code == 2
+    assert "--secret-file is missing" in err
+
+
+def test_the_port_between_hosts_is_the_engines() -> None:
+    assert HOST_PORT == JOIN_PORT
