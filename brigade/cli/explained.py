@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from brigade.cli.deployed import Deployed, others_can_read
+from brigade.cli.deployed import CAN_REPLICATE, Deployed, others_can_read
 from brigade.cli.fault import Fault
 from brigade.cli.units import show_size
 from brigade.comm.segment import Shape
@@ -133,7 +133,9 @@ def _unit_problems(units: Units, layout: Layout, spec: ModelSpec) -> list[str]:
             f"units[0]: {layout.n_ranks} ranks, but the model has {spec.moe.n_experts} routed experts a layer; "
             "give fewer hosts or ranks_per_host"
         )
-    if units.redundant_experts:
+    if units.redundant_experts and layout.n_ranks == 1:
+        out.append("units[0].redundant_experts: they are copies on other ranks, and there is one; leave the key out")
+    elif units.redundant_experts and not CAN_REPLICATE:
         out.append("units[0].redundant_experts: this version holds each expert once; leave the key out to run it")
     return out
 

@@ -118,6 +118,7 @@ def test_ports_and_who_may_use_them() -> None:
             "units: 1 prefill, 1 decode; this version runs one",
         ),
         ({"units": [{"role": "mixed", "count": 2}]}, "units: 2 mixed; this version runs one unit"),
+        ({"units": [{"role": "mixed", "redundant_experts": 4}]}, "they are copies on other ranks, and there is one"),
         ({"units": [{"role": "mixed", "ranks_per_host": 33}]}, "33 ranks, but the model has 32 routed experts"),
     ],
 )
