@@ -253,6 +253,11 @@ def test_what_only_tests_need_is_not_imported(package: str) -> None:
     assert outside_allowed(SOURCES, package, set()) == []
 
 
+def test_one_file_knows_ray() -> None:
+    know = {s.name for s in SOURCES.values() for i in s.imports if is_or_in(i.module, "ray")}
+    assert know == {"brigade.cli.ray_hosts"}
+
+
 def test_serve_never_imports_torch_and_cli_only_inside_functions() -> None:
     serve = [i for s in SOURCES.values() if s.folder == "serve" for i in s.imports]
     cli = [i for s in SOURCES.values() if s.folder == "cli" for i in s.imports if i.at_start]

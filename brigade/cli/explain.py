@@ -94,7 +94,8 @@ def _memory_table(memory: "Memory") -> "Table":
     table = _table("memory of a rank", "bytes", "")
     for part, n_bytes in memory.weights.items():
         if n_bytes:
-            table.add_row(part, show_size(n_bytes), f"{memory.weight_type} weights")
+            kind = "float32" if part == "gates and norms" else memory.weight_type
+            table.add_row(part, show_size(n_bytes), kind)
     each = f"{show_size(memory.kv_token)} a position"
     if memory.kv_cache is None:
         table.add_row("KV cache", "?", f"{each}; a quarter of what the weights leave free, unless kv_memory is given")

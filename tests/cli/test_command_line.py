@@ -33,17 +33,22 @@ def test_python_dash_m_brigade_is_the_command() -> None:
 def test_help_lists_the_commands() -> None:
     code, out, _ = invoke("--help")
     assert code == 0
-    assert all(command in out for command in ("serve", "join", "chat", "bench", "experts", "doctor"))
+    assert all(
+        command in out
+        for command in ("serve", "up", "join", "explain", "manifest", "chat", "bench", "experts", "doctor")
+    )
 
 
 def test_showing_help_imports_nothing_heavy() -> None:
-    heavy = ("torch", "numpy", "httpx", "fastapi", "uvicorn", "psutil", "rich", "PIL")
+    heavy = ("torch", "numpy", "httpx", "fastapi", "uvicorn", "psutil", "rich", "yaml", "ray", "PIL")
     code = f"import sys, brigade.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "join", "chat", "bench", "experts", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["serve", "up", "join", "explain", "manifest", "chat", "bench", "experts", "doctor"]
+)
 def test_every_command_has_help_and_refuses_unknown_options(command: str) -> None:
     assert invoke(command, "--help")[0] == 0
     assert invoke(command, "--no-such-option")[0] == 2
