@@ -145,7 +145,7 @@ def serve(
         web.check()
     except ValueError as e:
         raise Fault(str(e), 2) from e
-    start(engine, web, log_level, until_eof)
+    start(engine, web, log_level, several, until_eof)
 
 
 def check_log_level(log_level: str) -> None:
@@ -153,8 +153,10 @@ def check_log_level(log_level: str) -> None:
         raise Fault(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {log_level}", 2)
 
 
-def start(engine: EngineConfig, web: ServeConfig, log_level: str, until_eof: bool = False) -> None:
-    """Serve until a signal ends it. `web` has passed its check. Raises Fault."""
+def start(
+    engine: EngineConfig, web: ServeConfig, log_level: str, hosts: HostsConfig | None = None, until_eof: bool = False
+) -> None:
+    """Serve until a signal ends it, if the port is free. `web` has passed its check. Raises Fault."""
     # The server says the same when it binds, but only after a model has been loaded for nothing.
     if problem := port_problem(web.addresses()[0], web.port):
         raise Fault(
@@ -163,7 +165,7 @@ def start(engine: EngineConfig, web: ServeConfig, log_level: str, until_eof: boo
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if until_eof:
         threading.Thread(target=_interrupt_at_eof, daemon=True).start()
-    run(engine, web, log_level, several)
+    run(engine, web, log_level, hosts)
 
 
 def parse_hosts(hosts: str, secret_file: str, port: int) -> HostsConfig:
