@@ -1,6 +1,6 @@
 """A deployment file as settings of the engine and the server: what `brigade up` runs and `brigade explain` shows."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ from brigade.serve.config import ServeConfig
 from brigade.spec.deploy import Deployment, Units
 
 MOST_KEY_BYTES = 4096
-CAN_REPLICATE = "redundant_experts" in {f.name for f in fields(EngineConfig)}
-"""Whether the engine holds experts more than once."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Deployed:
             "max_step_tokens": limits.max_step_tokens,
             "kv_bytes": limits.kv_memory,
         }
-        if CAN_REPLICATE and n_ranks > 1:
+        if n_ranks > 1:
             given["redundant_experts"] = units.redundant_experts
         try:
             return EngineConfig(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from brigade.cli.deployed import CAN_REPLICATE, Deployed, others_can_read
+from brigade.cli.deployed import Deployed, others_can_read
 from brigade.cli.fault import Fault
 from brigade.cli.units import show_size
 from brigade.comm.segment import Shape
@@ -135,8 +135,6 @@ def _unit_problems(units: Units, layout: Layout, spec: ModelSpec) -> list[str]:
         )
     if units.redundant_experts and layout.n_ranks == 1:
         out.append("units[0].redundant_experts: they are copies on other ranks, and there is one; leave the key out")
-    elif units.redundant_experts and not CAN_REPLICATE:
-        out.append("units[0].redundant_experts: this version holds each expert once; leave the key out to run it")
     return out
 
 
@@ -192,7 +190,7 @@ def _placed(spec: ModelSpec, kind: Units, layout: Layout) -> Placement | None:
         spec.moe.n_experts,
         n_slots=spec.moe.n_experts + kind.redundant_experts,
         n_ranks=layout.n_ranks,
-        n_nodes=len(layout.hosts),
+        n_nodes=layout.n_nodes,
         n_groups=spec.moe.n_groups,
     )
 

@@ -74,7 +74,9 @@ class Unobserved:
 class Engine:
     """One model, served by one unit of worker processes. Make it with `start`; use it from one event loop."""
 
-    def __init__(self, config: EngineConfig, observer: Observer | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, observer: Observer | None = None, hosts: HostsConfig | None = None
+    ) -> None:
         """Reads the small files of the checkpoint. Raises LoadError."""
         folder = Path(config.model)
         try:
@@ -91,7 +93,7 @@ class Engine:
             )
         self.config = config
         try:
-            self.experts = Rebalancer(config, self.spec)
+            self.experts = Rebalancer(config, self.spec, hosts.layout.n_nodes if hosts else 1)
         except ValueError as e:
             raise LoadError(str(e)) from e
         self.ready: Ready
@@ -101,7 +103,7 @@ class Engine:
         self._stats = [_IDLE] * config.ranks
         self._unit: Unit | None = None
         self._router: Router
-        self._hosts: HostsConfig | None = None
+        self._hosts = hosts
         self._rendezvous: Rendezvous | None = None
         self._wakes = itertools.count(1)
         self._up = asyncio.Event()
@@ -132,8 +134,7 @@ class Engine:
 
         `hosts`: where the ranks run, and how the other hosts reach this one, which is the first; None: all run here.
         """
-        engine = cls(config, observer)
-        engine._hosts = hosts
+        engine = cls(config, observer, hosts)
         try:
             if hosts is not None:
                 engine._rendezvous = await Rendezvous.open(config, hosts)

@@ -10,10 +10,10 @@ def n_slots(config: EngineConfig, spec: ModelSpec) -> int:
     return spec.moe.n_experts + config.redundant_experts if spec.moe else 0
 
 
-def first_placement(config: EngineConfig, spec: ModelSpec) -> Placement | None:
+def first_placement(config: EngineConfig, spec: ModelSpec, n_nodes: int = 1) -> Placement | None:
     """The placement before any load is known; None for a model without routed experts.
 
-    Raises ValueError for redundant experts of a model that has none.
+    `n_nodes`: groups of ranks that are near each other. Raises ValueError for redundant experts of a model that has none.
     """
     if spec.moe is None or spec.n_dense >= spec.n_layers:
         if config.redundant_experts:
@@ -24,6 +24,7 @@ def first_placement(config: EngineConfig, spec: ModelSpec) -> Placement | None:
         spec.moe.n_experts,
         n_slots=n_slots(config, spec),
         n_ranks=config.ranks,
+        n_nodes=n_nodes,
         n_groups=spec.moe.n_groups,
     )
 

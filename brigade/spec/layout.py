@@ -38,6 +38,11 @@ class Layout:
         """Ranks of each host."""
         return tuple(h.n_ranks for h in self.hosts)
 
+    @property
+    def n_nodes(self) -> int:
+        """Nodes that experts are placed by: the hosts if all have the same number of ranks, else one."""
+        return len(self.hosts) if len(set(self.sizes)) == 1 else 1
+
     def first(self, host: int) -> int:
         """The host's first rank."""
         return (0, *accumulate(self.sizes))[host]

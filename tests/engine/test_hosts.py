@@ -49,9 +49,10 @@ def expected() -> list[list[int]]:
 async def test_greedy_text_does_not_depend_on_hosts(
     sizes: tuple[int, ...], settings: dict[str, int], expected: list[list[int]]
 ) -> None:
+    others = workers()
     async with several(*sizes, **settings) as engine:
         assert await asyncio.gather(*(tokens(engine, p) for p in PROMPTS)) == expected
-    assert not workers()
+    assert workers() <= others
 
 
 class Pair:

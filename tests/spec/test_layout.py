@@ -16,6 +16,12 @@ def test_one_host_has_all() -> None:
     assert on_one_host(4).sizes == (4,)
 
 
+def test_hosts_are_nodes_for_placing_experts_where_they_are_alike() -> None:
+    assert Layout((Host("a", 2), Host("b", 2))).n_nodes == 2
+    assert Layout((Host("a", 2), Host("b", 1))).n_nodes == 1
+    assert on_one_host(4).n_nodes == 1
+
+
 def test_layouts_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="host b needs at least one rank, not 0"):
         Layout((Host("a", 1), Host("b", 0)))
