@@ -59,7 +59,7 @@ def test_logits_of_a_step_do_not_depend_on_the_cut(worker: Worker) -> None:
     whole = worker.model.forward(every_row(worker, plan))
     halves = worker.model.forward(*(every_row(worker, part) for part in cut(plan, 2)))
     if worker.dtype == "float32":  # torch sums in another order, and what travels is rounded to bf16 after that
-        assert torch.allclose(whole, halves, atol=5e-3)
+        assert (whole - halves).square().mean().sqrt() < 0.002 * whole.std()
         return
     assert torch.equal(whole, halves)
 
