@@ -74,6 +74,10 @@ class RankHost(Protocol):
         ...
 
 
+LOOK_EVERY = 0.3
+"""Seconds between two looks for processes that were stopped."""
+
+
 class LocalHost:
     """This machine as a RankHost. Make it with `create`."""
 
@@ -82,6 +86,9 @@ class LocalHost:
         self.processes: dict[int, WorkerProcess] = {}
         self._heard: asyncio.Queue[tuple[int, FromWorker | Ended]] = asyncio.Queue()
         self._ears: dict[int, asyncio.Task[None]] = {}
+        self._eye: asyncio.Task[None] | None = None
+        self._how: dict[int, str] = {}
+        """Ranks that are being killed -> why, where their exit code does not tell."""
 
     @classmethod
     def create(
@@ -101,6 +108,8 @@ class LocalHost:
         start = msgspec.structs.replace(start, segment=fd, address=self.address, secret=self._secret)
         process = self.processes[rank] = await WorkerProcess.start(start)
         self._ears[rank] = asyncio.create_task(self._listen(rank, process))
+        if self._segment is not None and self._eye is None:
+            self._eye = asyncio.create_task(self._look())
 
     def send(self, rank: int, *messages: ToWorker) -> None:
         if process := self.processes.get(rank):
@@ -119,14 +128,24 @@ class LocalHost:
             process.kill()
 
     async def end(self) -> dict[int, str]:
-        for ear in self._ears.values():
-            ear.cancel()
-        await asyncio.gather(*self._ears.values(), return_exceptions=True)
+        senses = [*self._ears.values(), *([self._eye] if self._eye else [])]
+        for task in senses:
+            task.cancel()
+        await asyncio.gather(*senses, return_exceptions=True)
         processes, self.processes = self.processes, {}
         ends = await asyncio.gather(*(process.end() for process in processes.values()))
         if self._segment is not None:
             self._segment.close()
         return dict(zip(processes, ends, strict=True))
+
+    async def _look(self) -> None:
+        """End processes that were stopped: others wait for them, and would notice only at their deadline."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            for rank, process in self.processes.items():
+                if process.is_stopped():
+                    self._how[rank] = "it was stopped by a signal, and killed for that"
+                    process.kill()
 
     async def _listen(self, rank: int, process: WorkerProcess) -> None:
         try:
@@ -134,7 +153,8 @@ class LocalHost:
                 for message in await process.channel.receive():
                     self._heard.put_nowait((rank, message))
         except ChannelClosed:
-            how = await process.end()
+            ended = await process.end()
+            how = self._how.pop(rank, ended)
         except ChannelBroken as e:
             process.kill()
             await process.end()

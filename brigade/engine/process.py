@@ -51,6 +51,13 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped the process since the last call: it neither works nor ends. No terminal sends
+        one, since a worker has a session of its own."""
+        if self._process.returncode is not None:
+            return False
+        return os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is not None
+
     def kill(self) -> None:
         """End a stuck process; the channel will close."""
         self._process.kill()

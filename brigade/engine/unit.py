@@ -251,7 +251,7 @@ class Unit:
             return  # it was told to stop, or waited for one that has been replaced
         self._stop(lost.ranks)
         for rank in lost.ranks:
-            self._tell_broken(rank, lost.message)
+            self._tell_broken(rank, lost.message, self.config.rank_deadline)  # that long others have waited
             self.kill(rank, lost.message)
         self._form_if_due()  # if it blames nobody, all try again
 

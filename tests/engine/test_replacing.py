@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from brigade import SamplingParams
-from brigade.engine import unit
+from brigade.engine import local_host, unit
 from brigade.engine.client import Engine
 from brigade.engine.config import EngineConfig
 from brigade.engine.generation import Generation
@@ -125,8 +125,8 @@ def later(ranks: Ranks) -> bool:
 async def test_survivors_say_what_they_would_have_said(
     depth: int, how: signal.Signals, when: Callable[[Ranks], bool], caplog: pytest.LogCaptureFixture
 ) -> None:
-    patience = 8.0 if how == signal.SIGSTOP else 30.0  # a machine that is busy takes its time to replace a rank
-    async with serving(depth=depth, max_step_tokens=48, max_running=8, rank_deadline=patience) as ranks:
+    # A machine that is busy takes its time to replace a rank.
+    async with serving(depth=depth, max_step_tokens=48, max_running=8, rank_deadline=30.0) as ranks:
         asked = prompts(6, 150)
         want = await ranks.ask(asked)
         assert await ranks.answer()
@@ -147,6 +147,22 @@ async def test_survivors_say_what_they_would_have_said(
         assert ranks.pid(0) == old[0], "the other rank stayed"
         assert ranks.pid(1) != old[1]
         assert await ranks.ask(asked) == want
+
+
+async def test_where_only_the_deadline_tells_that_a_rank_hangs_all_requests_have_ended_by_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(local_host, "LOOK_EVERY", 3600)  # as if it hung in some other way than by a signal
+    async with serving(rank_deadline=2.0) as ranks:
+        generations = [await ranks.engine.submit(p, LONG) for p in prompts(4, 20)]
+        for g in generations:
+            await anext(g)
+        began, old = time.monotonic(), ranks.kill(1, signal.SIGSTOP)
+        assert "lost" in await ends(generations, 10)
+        assert 1.5 < time.monotonic() - began < 3.5, "the deadline, on a machine that may be busy"
+        assert "rank 1" in caplog.text
+        assert await ranks.is_whole()
+        assert not psutil.pid_exists(old)
 
 
 async def test_requests_of_the_lost_rank_hear_at_once_and_ready_names_it() -> None:
@@ -183,7 +199,7 @@ async def test_an_idle_unit_is_whole_again_before_anybody_asks_and_sleeps() -> N
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_another_rank_is_lost_while_the_first_is_replaced(how: signal.Signals) -> None:
-    async with serving(3, rank_deadline=8.0 if how == signal.SIGSTOP else 30.0) as ranks:
+    async with serving(3, rank_deadline=30.0) as ranks:
         asked = prompts(6, 40)
         want = await ranks.ask(asked)
         generations = [await ranks.engine.submit(p, LONG) for p in asked]
@@ -197,8 +213,7 @@ async def test_another_rank_is_lost_while_the_first_is_replaced(how: signal.Sign
         got = await ends(generations, 60)
         for text, begin, end in zip(want, first, got, strict=True):
             assert end == "lost" or [*begin, *end] == text
-        if how == signal.SIGKILL:
-            assert "lost" not in [end for g, end in zip(generations, got, strict=True) if g in kept]
+        assert "lost" not in [end for g, end in zip(generations, got, strict=True) if g in kept]
         assert await ranks.is_whole(30)
         assert ranks.pid(1) == old[1]
         assert await ranks.answer()
@@ -236,11 +251,14 @@ async def test_a_replacement_that_dies_again_and_again_ends_the_wait_of_the_surv
 async def test_a_replacement_that_freezes_while_it_loads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(rank_deadline=30.0) as ranks:
         want, old = await ranks.answer(), set(ranks.pids())
+        monkeypatch.setattr(local_host, "LOOK_EVERY", 3600)
         monkeypatch.setattr(unit, "LOAD_SILENCE", 3.0)
+        await asyncio.sleep(0.5)  # the look that is under way
         ranks.kill(1)
         frozen = await ranks.fresh(old)
         os.kill(frozen, signal.SIGSTOP)
         assert await until(lambda: not psutil.pid_exists(frozen), 10)
+        monkeypatch.undo()  # a busy machine may need longer than that for the next one
         assert await ranks.is_whole()
         assert await ranks.answer() == want
 
