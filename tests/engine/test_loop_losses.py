@@ -38,6 +38,8 @@ class FakeGroup:
 class FakeMembership:
     """Forms at once, but not those generations whose number is in `failing`."""
 
+    one_wire = False
+
     def __init__(self, group: FakeGroup, failing: set[int]) -> None:
         self.group, self.failing, self.generation = group, failing, 1
 
