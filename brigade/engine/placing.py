@@ -13,7 +13,7 @@ def n_slots(config: EngineConfig, spec: ModelSpec) -> int:
 def first_placement(config: EngineConfig, spec: ModelSpec, n_nodes: int = 1) -> Placement | None:
     """The placement before any load is known; None for a model without routed experts.
 
-    `n_nodes`: groups of ranks that are near each other. Raises ValueError for redundant experts of a model that has none.
+    `n_nodes`: groups of ranks that are near each other. Raises ValueError for redundant experts of a model without any.
     """
     if spec.moe is None or spec.n_dense >= spec.n_layers:
         if config.redundant_experts:

@@ -60,7 +60,8 @@ class Rebalancer:
     """The experts of one unit. Use it from one event loop."""
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, n_nodes: int = 1) -> None:
-        """`n_nodes`: hosts of the unit, as far as placing experts goes. Raises ValueError for settings that do not fit the model."""
+        """`n_nodes`: hosts of the unit, as far as placing experts goes. Raises ValueError for settings that do not fit
+        the model."""
         self._config, self._spec = config, spec
         self.placement = self._first = first_placement(config, spec, n_nodes)
         self.portion = 0
