@@ -23,7 +23,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     salt: str = ""
     """Tenants with different salts never share cached pages."""
-    n_prompt: int = field(init=False)
+    n_prompt: int = field(default=0, kw_only=True)
+    """Of `tokens`, those that are the prompt; 0: all. The others were generated elsewhere, and count as new ones."""
     done: int = 0
     begun: int = 0
     """Where it went on when it was last admitted: what the cache had of it."""
@@ -39,7 +40,11 @@ class Request:
         if not self.tokens or self.max_new < 1:
             raise ValueError(f"request {self.rid} needs at least one token and max_new >= 1")
         self.tokens = list(self.tokens)  # it grows, and several requests may be made from one prompt
-        self.n_prompt = len(self.tokens)
+        self.n_prompt = self.n_prompt or len(self.tokens)
+        if not 0 < self.n_prompt <= len(self.tokens):
+            raise ValueError(f"request {self.rid} has {len(self.tokens)} tokens, so n_prompt cannot be {self.n_prompt}")
+        if self.finish:
+            raise ValueError(f"request {self.rid} has ended with the tokens that it already has")
 
     @property
     def todo(self) -> int:

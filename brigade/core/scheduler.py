@@ -8,18 +8,25 @@ Life of a request:
 5. commit tells its new tokens; the last one finishes it. Its pages stay held.
 6. release gives the pages back. (abort is release at any moment.)
 
+A request whose prompt is computed by another rank begins otherwise:
+1. reserve: pages for all its tokens are taken, cached ones among them; it does not run while the others are filled.
+2. adopt, with the first token that the other rank sampled: it runs on as if all had been computed here.
+3. If the pages could not be filled, adopt(..., filled=False): they go back, and it is computed here from the beginning.
+
 undo takes back plans that will never be run, newest first, as if they had not been made.
 
 plan() may be called again before commit(): steps run in plan order, so a plan relies on earlier plans, not on results.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from brigade.core.pages import NOTHING_KNOWN, Known, PagePool
 from brigade.core.request import Request
 
+_ADOPTED = -1
+"""Where a request began whose pages were filled from elsewhere: no plan of this rank has its beginning."""
 LAST = -1
 """Stands for "the token you sampled last for this request", which the planner does not know yet."""
 
@@ -78,6 +85,10 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.live: dict[int, Request] = {}
+        self.arriving: dict[int, Request] = {}
+        """Requests that hold pages which are being filled from elsewhere. They are not live: no step has them."""
+        self._spoilt: set[int] = set()
+        """Those that found pages in the cache which were then never computed."""
         self.n_preempted = 0
 
     @property
@@ -89,13 +100,56 @@ class Scheduler:
 
         Raises ValueError if it could never run, so that nothing waits for ever.
         """
-        if req.rid in self.live:
+        self.check(req)
+        self.live[req.rid] = req
+        self.waiting.append(req)
+
+    def check(self, req: Request) -> None:
+        """Raise ValueError if this request could never run here."""
+        if req.rid in self.live or req.rid in self.arriving:
             raise ValueError(f"request {req.rid} is already known")
         need = self._n_pages(req.n_prompt + req.max_new - 1)
         if need > self.pool.n_pages:
             raise ValueError(f"request {req.rid} needs {need} pages; the cache has {self.pool.n_pages}")
-        self.live[req.rid] = req
-        self.waiting.append(req)
+
+    def reserve(self, req: Request) -> bool:
+        """Hold pages for all tokens of a request whose cache will come from elsewhere; False if there is no room now.
+
+        `req.done` positions are found in the own prefix cache and need not come. Requests that were preempted go
+        first. Raises ValueError as `add` does.
+        """
+        self.check(req)
+        if self.waiting or self._n_taken >= self.max_running:
+            return False
+        found, known = self.pool.match(self._shareable(req), req.salt)
+        pages = self.pool.take(self._n_pages(len(req.tokens)) - len(found), found, spare=self._n_taken)
+        if pages is None:
+            return False
+        req.pages, req.known = pages, known
+        req.done = req.begun = req.n_cached = len(found) * self.pool.page
+        self.arriving[req.rid] = req
+        return True
+
+    def adopt(self, rid: int, token: int, filled: bool = True) -> None:
+        """Go on with an arriving request after `token`, which was sampled elsewhere from all its tokens.
+
+        `filled`: whether all its pages hold what they should. Raises ValueError if the token ends the request.
+        """
+        req = self.arriving[rid]
+        filled = filled and rid not in self._spoilt
+        self._leave_arriving(req)
+        req.tokens.append(token)
+        if req.finish:
+            self._give_back(req)
+            raise ValueError(f"request {rid} ends with its first token, so there is nothing to adopt")
+        self.live[rid] = req
+        if not filled:
+            self._give_back(req)
+            self.waiting.append(req)
+            return
+        req.done, req.begun = len(req.tokens) - 1, _ADOPTED
+        self.running.append(req)
+        self._publish(req)
 
     def plan(self) -> StepPlan:
         """The next step. Empty when nothing can run before a commit, or nothing is left to do."""
@@ -135,8 +189,10 @@ class Scheduler:
         """
         for s in reversed(plan.slices):
             page = self.pool.page
-            # Who got a page of an ended request has it from a later plan, which is undone by now.
-            self.pool.unpublish(s.pages[s.start // page : self._n_pages(s.end)])
+            # Who got a page of an ended request has it from a later plan, which is undone by now, or was handed over.
+            gone = s.pages[s.start // page : self._n_pages(s.end)]
+            self.pool.unpublish(gone)
+            self._spoil(gone, s.rid)
             req = self.live.get(s.rid)
             if req is None:
                 continue
@@ -159,13 +215,35 @@ class Scheduler:
 
     def abort(self, rid: int) -> bool:
         """Drop a request in any state; False if it is not known (any more). Safe while a step that has it runs:
-        whoever gets its pages next writes them in a later step."""
-        req = self.live.get(rid)
-        if req is None:
+        whoever gets its pages next writes them in a later step. Not while pages of an arriving one are being filled."""
+        if req := self.arriving.get(rid):
+            self._leave_arriving(req)
+        elif req := self.live.get(rid):
+            self._forget(req)
+        else:
             return False
-        self._forget(req)
         self._give_back(req)
         return True
+
+    @property
+    def _n_taken(self) -> int:
+        """Places among the running ones that are taken or promised."""
+        return len(self.running) + len(self.arriving)
+
+    def _leave_arriving(self, req: Request) -> None:
+        del self.arriving[req.rid]
+        self._spoilt.discard(req.rid)
+
+    def _spoil(self, pages: Sequence[int], owner: int) -> None:
+        """What was to be written into these pages never came: requests from elsewhere that had found them there are
+        computed from the beginning. `owner` was to write them."""
+        gone = set(pages)
+        for req in self.arriving.values():
+            if not gone.isdisjoint(req.pages):
+                self._spoilt.add(req.rid)
+        for req in list(self.running):
+            if req.begun == _ADOPTED and req.rid != owner and not gone.isdisjoint(req.pages):
+                self._unadmit(req)
 
     def _forget(self, req: Request) -> None:
         del self.live[req.rid]
@@ -176,7 +254,7 @@ class Scheduler:
 
     def _admit(self, budget: int) -> Slice | None:
         """Move the first waiting request to the running ones, if there is room for it and for its pages."""
-        if not self.waiting or len(self.running) >= self.max_running:
+        if not self.waiting or self._n_taken >= self.max_running:
             return None
         req = self.waiting[0]
         if req.inflight:  # preempted with a sample on its way: its next token is not known yet
@@ -185,7 +263,7 @@ class Scheduler:
         n_cached = len(found) * self.pool.page
         n = min(len(req.tokens) - n_cached, budget)
         # A spare page for each running request: without it, their growth would preempt this one in the next step.
-        pages = self.pool.take(self._n_pages(n_cached + n) - len(found), found, spare=len(self.running))
+        pages = self.pool.take(self._n_pages(n_cached + n) - len(found), found, spare=self._n_taken)
         if pages is None:
             return None
         req.pages, req.known, req.done, req.begun = pages, known, n_cached, n_cached

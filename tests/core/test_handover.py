@@ -1,0 +1,556 @@
+"""Prompts computed on one rank and continued on another say what one rank says, whatever is lost, late or given up.
+
+A whole fleet is played in simulated time: a gateway that follows the table, ranks with fake caches, messages that take
+their time, transfers that copy cell by cell. The last tests put bugs in, to see that these tests can fail.
+"""
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+
+from brigade.core.handover import TABLE, Action, Deadlines, Event, Handover, Leases, State
+from brigade.core.pages import PagePool
+from brigade.core.request import Request
+from brigade.core.scheduler import Scheduler, StepPlan
+from tests.core.fake_rank import FakeRank, alone, check_plan
+
+Prompt = tuple[list[int], int, frozenset[int]]
+
+
+@dataclass
+class Transfer:
+    """Copies cells of a prompt, a few in each step; `want` stands for the checksums that came with the offer."""
+
+    cells: list[tuple[int, Any]]
+    """(position, where to read it now)."""
+    want: list[int]
+    req: Request
+    token: int
+    at: int = 0
+    stopped: bool = False
+
+
+class Rank:
+    """One rank of either role, with the rules that the module's text gives."""
+
+    def __init__(self, world: "World", role: str, page: int, n_pages: int, scheduler: type[Scheduler]) -> None:
+        self.world, self.role, self.rng = world, role, world.rng
+        self.scheduler = scheduler(
+            PagePool(n_pages, page),
+            max_step_tokens=self.rng.choice((2, 5, 16)),
+            max_running=self.rng.choice((2, 4, 8)),
+        )
+        self.cache = FakeRank(n_pages, page)
+        for cells in self.cache.cache:  # a new rank's memory holds anything
+            cells[:] = [self.rng.randrange(1 << 30) for _ in cells]
+        self.leases, self.depth = Leases(), self.rng.randint(1, 3)
+        self.hold_from: dict[int, int] = {}
+        self.asked: deque[tuple[int, Request]] = deque()
+        self.transfers: dict[int, Transfer] = {}
+        self.reserved_at: dict[int, int] = {}
+        self.doomed: set[int] = set()
+        self.pending: deque[tuple[StepPlan, dict[int, int]]] = deque()
+        self.inbox: deque[tuple[int, Callable[[], None]]] = deque()
+
+    def tell(self, what: Callable[..., None], *args: Any) -> None:
+        due = max(self.world.now + self.rng.choice((0, 1, 4)), self.inbox[-1][0] if self.inbox else 0)
+        self.inbox.append((due, partial(what, *args)))
+
+    # What a rank can be told
+
+    def prefill(self, rid: int, tokens: list[int], p: Prompt, start: int) -> None:
+        prompt, max_new, stops = p
+        new = len(tokens) - len(prompt)
+        self.hold_from[rid] = start
+        self.scheduler.add(Request(rid, tokens, min(max_new, new + 1), stops, n_prompt=len(prompt)))
+
+    def reserve(self, rid: int, tokens: list[int], p: Prompt) -> None:
+        prompt, max_new, stops = p
+        req = Request(rid, tokens, max_new, stops, n_prompt=len(prompt))
+        self.scheduler.check(req)
+        self.asked.append((rid, req))
+        self.reserved_at[rid] = self.world.now
+
+    def adopt(self, rid: int, token: int, source: "Rank", pages: list[int], want: list[int]) -> None:
+        req = self.scheduler.arriving.get(rid)
+        if req is None:
+            self.world.heard(rid, Event.DECODE_LOST)
+            return
+        if rid in self.transfers:
+            return
+        read = [
+            (i, (source.cache, pages[i // source.cache.page], i % source.cache.page))
+            for i in range(req.done, len(req.tokens))
+        ]
+        self.transfers[rid] = Transfer(read, want[len(want) - len(read) :], req, token)
+
+    def drop(self, rid: int) -> None:
+        if rid in self.transfers:
+            self.transfers[rid].stopped = True
+            return
+        self.asked = deque(x for x in self.asked if x[0] != rid)
+        self.scheduler.abort(rid)
+        if req := self.leases.end(rid):
+            self.scheduler.release(req)
+
+    # What it does in each step
+
+    def step(self) -> None:
+        while self.inbox and self.inbox[0][0] <= self.world.now:
+            self.inbox.popleft()[1]()
+        self.expire()
+        while self.asked and self.scheduler.reserve(self.asked[0][1]):
+            rid, req = self.asked.popleft()
+            self.world.heard(rid, Event.RESERVED, start=req.done)
+        for rid in list(self.transfers):
+            self.copy(rid)
+        before = {r.rid: r.done for r in self.scheduler.running}
+        plan = self.scheduler.plan()
+        check_plan(self.scheduler, plan, before)
+        if self.rng.random() < self.world.p_undo:
+            self.undo(plan)
+            return
+        self.pending.append((plan, self.cache.run(plan)))
+        if len(self.pending) >= self.depth:
+            self.commit()
+
+    def undo(self, newest: StepPlan) -> None:
+        """Another rank of the unit is lost: some plans in flight were not run."""
+        self.spoil(newest)
+        self.scheduler.undo(newest)
+        n_run = self.rng.randint(0, len(self.pending))
+        for _ in range(n_run):
+            self.commit()
+        while self.pending:
+            plan, _ = self.pending.pop()
+            self.spoil(plan)
+            for s in plan.slices:
+                if s.rid in self.scheduler.live:
+                    self.cache.last[s.rid] = self.scheduler.live[s.rid].tokens[-1]
+            self.scheduler.undo(plan)
+
+    def spoil(self, plan: StepPlan) -> None:
+        for s in plan.slices:
+            for position in range(s.start, s.end):
+                self.cache.cache[s.pages[position // self.cache.page]][position % self.cache.page] = self.rng.random()  # type: ignore[call-overload]
+
+    def commit(self) -> None:
+        plan, new = self.pending.popleft()
+        live = {rid: self.scheduler.live[rid] for rid in new if rid in self.scheduler.live}
+        pages = {rid: list(req.pages) for rid, req in live.items()}
+        finished = self.scheduler.commit(plan, new)
+        for rid, req in live.items():
+            if req not in finished:
+                self.world.heard_token(rid, new[rid], last=False)
+        for req in finished:
+            rid, token = req.rid, new[req.rid]
+            if self.role == "prefill" and self.world.goes_on(rid, token):
+                self.leases.hold(req, self.world.now + self.rng.choice(self.world.leases))
+                page = self.cache.page
+                rows = [self.cache.cache[pages[rid][i // page]][i % page] for i in range(len(req.tokens) - 1)]
+                self.world.heard_token(rid, token, last=False)
+                self.world.heard(rid, Event.COMPUTED, source=self, pages=pages[rid], want=rows, token=token)
+            else:
+                self.scheduler.release(req)
+                self.world.heard_token(rid, token, last=True)
+
+    def copy(self, rid: int) -> None:
+        t = self.transfers[rid]
+        for _ in range(self.rng.choice((0, 1, 3, 50))):
+            if t.at == len(t.cells) or t.stopped:
+                break
+            position, (cache, page, slot) = t.cells[t.at]
+            assert t.req.pages, "pages went back while they are being written"
+            self.cache.cache[t.req.pages[position // self.cache.page]][position % self.cache.page] = cache.cache[page][
+                slot
+            ]
+            t.at += 1
+        if not t.stopped and t.at < len(t.cells):
+            return
+        del self.transfers[rid]
+        if t.stopped:
+            self.scheduler.abort(rid)
+            return
+        mine = [self.cache.cache[t.req.pages[i // self.cache.page]][i % self.cache.page] for i, _ in t.cells]
+        filled = mine == t.want and self.rng.random() > self.world.p_bad
+        self.world.n_filled += filled
+        self.cache.last[rid] = t.token
+        self.scheduler.adopt(rid, t.token, filled)
+        self.world.heard(rid, Event.ADOPTED)
+
+    def expire(self) -> None:
+        for req in self.leases.expired(self.world.now):
+            self.world.n_leases_ended += 1
+            self.scheduler.release(req)
+        for rid, since in list(self.reserved_at.items()):
+            if rid in self.transfers or (rid not in self.scheduler.arriving and all(r != rid for r, _ in self.asked)):
+                del self.reserved_at[rid]
+            elif self.world.now - since > 500:
+                self.drop(rid)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.inbox or self.asked or self.transfers or self.leases or self.scheduler.busy) and not any(
+            p for p, _ in self.pending
+        )
+
+
+@dataclass
+class Client:
+    prompt: Prompt
+    arrives: int
+    leaves: int
+    handover: Handover = field(default_factory=lambda: Handover(most_lost=1000))
+    tokens: list[int] = field(default_factory=list)
+    rank: dict[str, tuple[Rank, int]] = field(default_factory=dict)
+    """By role: the rank and the number of the attempt there."""
+    offer: dict[str, Any] = field(default_factory=dict)
+    start: int = 0
+    since: int = 0
+    failed: bool = False
+
+    @property
+    def ended(self) -> bool:
+        return self.handover.state is State.ENDED
+
+
+class World:
+    """The gateway and time."""
+
+    def __init__(self, seed: int, scheduler: type[Scheduler] = Scheduler, losses: bool = True) -> None:
+        rng = self.rng = random.Random(seed)
+        self.now, self.rids = 0, 0
+        self.p_undo, self.p_bad = (rng.choice((0, 0.02, 0.1)), rng.choice((0, 0.2))) if losses else (0.0, 0.0)
+        self.p_loss = rng.choice((0, 0.01, 0.03)) if losses else 0.0
+        self.leases = (3, 60, 400) if losses else (1 << 30,)
+        self.n_filled = self.n_leases_ended = self.n_lost = 0
+        self.events = Counter[tuple[State, Event]]()
+        self.who: dict[int, tuple[Client, str]] = {}
+        stems = [[rng.randrange(6) for _ in range(rng.randint(1, 20))] for _ in range(3)]
+        prompts: list[Prompt] = []
+        for _ in range(rng.randint(2, 10)):
+            stem = rng.choice(stems)
+            tail = [rng.randrange(6) for _ in range(rng.choice((0, 1, 4)))]
+            stops = frozenset(rng.sample(range(6), rng.choice((0, 0, 1))))
+            prompts.append((stem + tail, rng.randint(1, 12), stops))
+        self.clients = [
+            Client(p, rng.choice((0, rng.randrange(40))), rng.randrange(41, 120) if rng.random() < 0.25 else 1 << 30)
+            for p in prompts
+        ]
+        longest = max(len(p) + n for p, n, _ in prompts)
+
+        def make(role: str) -> Callable[[], Rank]:
+            page = rng.choice((1, 2, 3, 8))
+            n_pages = -(-longest // page) * rng.choice((1, 1, 2, 6)) + rng.randint(0, 3)
+            return lambda: Rank(self, role, page, n_pages, scheduler)
+
+        self.make = [make("prefill") for _ in range(rng.randint(1, 2))]
+        self.make += [make("decode") for _ in range(rng.randint(1, 2))]
+        self.ranks = [m() for m in self.make]
+
+    def play(self) -> "World":
+        while not all(c.ended for c in self.clients) or not all(r.idle for r in self.ranks):
+            self.now += 1
+            assert self.now < 20_000, f"stranded: {[c.handover.state for c in self.clients]}"
+            for client in self.clients:
+                if client.arrives == self.now or (client.arrives == 0 and self.now == 1):
+                    self.do(client, (Action.PLACE,))
+                if client.leaves == self.now and client.handover.state in (s for s, e in TABLE if e is Event.LEFT):
+                    self.on(client, Event.LEFT)
+                if not client.ended and self.now - client.since > 900 and client.arrives < self.now - 900:
+                    self.on(client, Event.EXPIRED)
+            for i, rank in enumerate(self.ranks):
+                if self.now < 300 and self.rng.random() < self.p_loss:
+                    self.lose(i)
+                else:
+                    rank.step()
+        for rank in self.ranks:
+            assert rank.scheduler.pool.n_free == rank.scheduler.pool.n_pages, "pages are lost"
+            assert not rank.scheduler.arriving
+        return self
+
+    def lose(self, i: int) -> None:
+        old = self.ranks[i]
+        self.ranks[i] = self.make[i]()
+        self.n_lost += 1
+        for cells in old.cache.cache:  # whoever still reads it reads anything
+            cells[:] = [self.rng.randrange(1 << 30) for _ in cells]
+        event = Event.PREFILL_LOST if old.role == "prefill" else Event.DECODE_LOST
+        for client in self.clients:
+            if not client.ended and client.rank.get(old.role, (None, 0))[0] is old:
+                self.on(client, event)
+
+    # What ranks say
+
+    def heard(self, rid: int, event: Event, **what: Any) -> None:
+        if rid not in self.who:
+            return
+        client, _ = self.who[rid]
+        if event is Event.RESERVED:
+            client.start = what["start"]
+        if event is Event.COMPUTED:
+            client.offer = what
+        self.on(client, event)
+
+    def heard_token(self, rid: int, token: int, last: bool) -> None:
+        if rid not in self.who:
+            return
+        client, _ = self.who[rid]
+        client.tokens.append(token)
+        client.since = self.now
+        if last:
+            self.on(client, Event.FINISHED)
+
+    def goes_on(self, rid: int, token: int) -> bool:
+        """What a rank knows itself: whether the first token is the last one, too."""
+        client, _ = self.who.get(rid, (None, ""))
+        if client is None:
+            return True
+        return token not in client.prompt[2] and len(client.tokens) + 1 < client.prompt[1]
+
+    def on(self, client: Client, event: Event) -> None:
+        before = client.handover.state
+        self.events[before, event] += 1
+        actions = client.handover.on(event)
+        client.since = self.now
+        if event in (Event.PREFILL_LOST, Event.DECODE_LOST):
+            role = "prefill" if event is Event.PREFILL_LOST else "decode"
+            self.forget(client, role)
+        self.do(client, actions)
+        if client.ended:
+            for role in list(client.rank):
+                self.forget(client, role)
+
+    def do(self, client: Client, actions: tuple[Action, ...]) -> None:
+        tokens = [*client.prompt[0], *client.tokens]
+        for action in actions:
+            match action:
+                case Action.PLACE:
+                    self.choose(client, "decode")
+                    self.on(client, Event.PLACED)
+                case Action.RESERVE:
+                    rank, rid = client.rank["decode"]
+                    rank.tell(rank.reserve, rid, tokens, client.prompt)
+                case Action.PREFILL:
+                    rank, rid = self.choose(client, "prefill")
+                    rank.tell(rank.prefill, rid, tokens, client.prompt, client.start)
+                case Action.ADOPT:
+                    rank, rid = client.rank["decode"]
+                    o = client.offer
+                    for _ in range(self.rng.choice((1, 1, 2))):  # some messages come twice
+                        rank.tell(rank.adopt, rid, o["token"], o["source"], o["pages"], o["want"])
+                case Action.DROP_PREFILL | Action.DROP_DECODE:
+                    role = "prefill" if action is Action.DROP_PREFILL else "decode"
+                    if role in client.rank:
+                        rank, rid = client.rank[role]
+                        rank.tell(rank.drop, rid)
+                        self.forget(client, role)
+                case Action.FAIL:
+                    client.failed = True
+
+    def choose(self, client: Client, role: str) -> tuple[Rank, int]:
+        rank = self.rng.choice([r for r in self.ranks if r.role == role])
+        self.rids += 1
+        self.who[self.rids] = client, role
+        client.rank[role] = rank, self.rids
+        return rank, self.rids
+
+    def forget(self, client: Client, role: str) -> None:
+        if role in client.rank:
+            self.who.pop(client.rank.pop(role)[1], None)
+
+    def check_texts(self) -> None:
+        for client in self.clients:
+            prompt, max_new, stops = client.prompt
+            want = alone(prompt, max_new, stops)[len(prompt) :]
+            if client.leaves < 1 << 30 or client.failed:
+                assert client.tokens == want[: len(client.tokens)]
+            else:
+                assert client.tokens == want
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_every_request_says_what_it_says_alone_and_every_page_comes_back(seed: int) -> None:
+    world = World(seed).play()
+    world.check_texts()
+    assert not any(c.failed for c in world.clients)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_without_losses_every_prompt_is_fetched_and_none_is_computed_twice(seed: int) -> None:
+    world = World(3000 + seed, losses=False).play()
+    world.check_texts()
+    assert world.n_filled == world.events[State.TRANSFERRING, Event.ADOPTED]
+
+
+def test_the_fleets_above_go_through_almost_every_row_of_the_table() -> None:
+    seen = Counter[tuple[State, Event]]()
+    n_filled = n_bad = n_lost = n_leases_ended = 0
+    for seed in range(120):
+        world = World(seed).play()
+        seen += world.events
+        n_filled += world.n_filled
+        n_bad += world.events[State.TRANSFERRING, Event.ADOPTED] - world.n_filled
+        n_lost += world.n_lost
+        n_leases_ended += world.n_leases_ended
+    rare = {e for e in TABLE if e[1] in (Event.EXPIRED, Event.REFUSED) or e[0] is State.QUEUED}
+    assert set(TABLE) - rare <= set(seen)
+    assert min(n_filled, n_bad, n_lost, n_leases_ended) >= 20
+
+
+def test_bugs_in_the_scheduler_show() -> None:
+    class BelievesAll(Scheduler):
+        def adopt(self, rid: int, token: int, filled: bool = True) -> None:
+            super().adopt(rid, token, True)
+
+    class TakesTooMuch(Scheduler):
+        def reserve(self, req: Request) -> bool:
+            got = super().reserve(req)
+            if got and req.done:
+                self.pool.refs[req.pages[0]] += 1
+            return got
+
+    for broken in (BelievesAll, TakesTooMuch):
+        n_caught = 0
+        for seed in range(400):
+            try:
+                World(seed, broken).play().check_texts()
+            except (AssertionError, ValueError):
+                n_caught += 1
+                break
+        assert n_caught, broken.__name__
+
+
+def halfway() -> tuple[Scheduler, StepPlan, Request]:
+    """A request has found pages in the cache that a step in flight is still to fill."""
+    sched = Scheduler(PagePool(12, 2), max_step_tokens=16, max_running=4)
+    sched.add(Request(1, [1, 2, 3, 4, 5], 4))
+    plan = sched.plan()
+    req = Request(2, [1, 2, 3, 4, 9], 4)
+    assert sched.reserve(req)
+    assert req.done == 4
+    return sched, plan, req
+
+
+def test_a_request_that_found_pages_which_were_never_computed_is_computed_from_the_beginning() -> None:
+    sched, plan, req = halfway()
+    sched.undo(plan)
+    sched.adopt(2, 7)
+    assert (req.done, req.pages, list(sched.waiting)[-1]) == (0, [], req)
+
+
+def test_so_is_one_that_was_adopted_before_the_step_was_taken_back() -> None:
+    sched, plan, req = halfway()
+    sched.adopt(2, 7)
+    later = sched.plan()
+    assert [s.rid for s in later.slices] == [1, 2]
+    sched.undo(later)
+    assert req.done == 5
+    sched.undo(plan)
+    assert (req.done, req.pages, req.inflight) == (0, [], 0)
+    assert len(sched.waiting) == 2
+    assert sched.pool.n_free == 12
+
+
+def test_an_adopted_request_keeps_its_pages_when_its_own_steps_are_taken_back() -> None:
+    sched = Scheduler(PagePool(12, 2), max_step_tokens=16, max_running=4)
+    req = Request(2, [1, 2, 3], 4)
+    assert sched.reserve(req)
+    assert sched.plan().slices == ()
+    sched.adopt(2, 7)
+    plan = sched.plan()
+    assert [(s.tokens, s.start) for s in plan.slices] == [((7,), 3)]
+    sched.undo(plan)
+    assert (req.done, len(req.pages)) == (3, 2)
+    assert sched.plan() == plan
+
+
+def test_a_reservation_waits_for_room_and_behind_those_that_were_preempted() -> None:
+    sched = Scheduler(PagePool(4, 2), max_step_tokens=16, max_running=2)
+    assert sched.reserve(Request(1, [1, 2, 3, 4], 2))
+    assert not sched.reserve(Request(2, [5, 6, 7], 2))
+    assert sched.abort(1)
+    assert sched.reserve(Request(2, [5, 6, 7], 2))
+    sched.add(Request(3, [1], 1))
+    assert not sched.reserve(Request(4, [1], 1))
+    with pytest.raises(ValueError, match="already known"):
+        sched.reserve(Request(2, [1], 1))
+    with pytest.raises(ValueError, match="needs 5 pages"):
+        sched.reserve(Request(5, [1] * 9, 2))
+
+
+def test_what_ends_with_its_first_token_is_not_adopted_and_holds_nothing() -> None:
+    sched = Scheduler(PagePool(4, 2), max_step_tokens=16, max_running=2)
+    assert sched.reserve(Request(1, [1, 2, 3, 4], 2, frozenset({7})))
+    with pytest.raises(ValueError, match="nothing to adopt"):
+        sched.adopt(1, 7)
+    assert sched.pool.n_free == 4
+    assert not sched.busy
+
+
+# The table itself ---------------------------------------------------------------------------------------------------
+
+
+HOLDS = {
+    State.QUEUED: set[str](),
+    State.ROUTED: {"decode"},
+    State.PREFILLING: {"prefill", "decode"},
+    State.TRANSFERRING: {"prefill", "decode"},
+    State.DECODING: {"decode"},
+    State.ENDED: set[str](),
+}
+"""Which ranks have something of a request in each state."""
+
+
+@pytest.mark.parametrize(("state", "event"), TABLE)
+def test_whoever_holds_something_that_is_not_needed_any_more_is_told(state: State, event: Event) -> None:
+    after, actions = TABLE[state, event]
+    holds = set(HOLDS[state])
+    holds -= {"prefill"} if event in (Event.PREFILL_LOST, Event.FINISHED) else set()
+    holds -= {"decode"} if event is Event.DECODE_LOST or (state, event) == (State.ROUTED, Event.REFUSED) else set()
+    if (state, event) == (State.DECODING, Event.FINISHED):
+        holds = set()
+    if (state, event) == (State.PREFILLING, Event.REFUSED):
+        holds -= {"prefill"}
+    told = {Action.DROP_PREFILL: "prefill", Action.DROP_DECODE: "decode"}
+    dropped = {told[a] for a in actions if a in told}
+    assert dropped == holds - HOLDS[after]
+
+
+@pytest.mark.parametrize("state", [s for s in State if s is not State.ENDED])
+def test_every_state_has_a_deadline_and_can_be_left_by_its_client(state: State) -> None:
+    seconds = Deadlines().of(state)
+    assert seconds is not None
+    assert seconds > 0
+    assert (state, Event.EXPIRED) in TABLE
+    assert TABLE[state, Event.LEFT][0] is State.ENDED
+
+
+def test_a_request_that_loses_its_ranks_again_and_again_fails_in_the_end() -> None:
+    handover = Handover(most_lost=3)
+    for _ in range(3):
+        assert handover.on(Event.PLACED) == (Action.RESERVE,)
+        assert handover.on(Event.DECODE_LOST) == (Action.PLACE,)
+    handover.on(Event.PLACED)
+    handover.on(Event.RESERVED)
+    assert handover.on(Event.PREFILL_LOST) == (Action.DROP_DECODE, Action.FAIL)
+    assert handover.state is State.ENDED
+    with pytest.raises(ValueError, match="a request that is ended cannot be told placed"):
+        handover.on(Event.PLACED)
+
+
+def test_a_lease_ends_once() -> None:
+    leases, req = Leases(), Request(1, [1, 2], 1)
+    leases.hold(req, 10.0)
+    with pytest.raises(ValueError, match="held already"):
+        leases.hold(req, 11.0)
+    assert leases.expired(9.9) == []
+    assert leases.get(1) is req
+    assert leases.expired(10.0) == [req]
+    assert leases.end(1) is None
+    assert len(leases) == 0
