@@ -16,28 +16,36 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
-from brigade.engine.config import EngineConfig, HostsConfig
+import msgspec
+
+from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
 from brigade.engine.generation import Generation
 from brigade.engine.messages import (
     Abort,
     Add,
+    Adopted,
     FromWorker,
+    Gone,
     Loading,
     Loads,
+    Offered,
     Ping,
     Pong,
     Ready,
     Refused,
+    Reserve,
+    Reserved,
     Settled,
     Staged,
     Stats,
     Step,
     Token,
+    ToWorker,
     Wake,
 )
 from brigade.engine.output import BadRequest, EngineError, Health, LoadError, Observer, QueueFull, Timings, Unavailable
@@ -62,6 +70,12 @@ RESTART_WAIT = 30.0
 _IDLE = Stats(0, 0, 0, 0, 0)
 
 
+def added(stats: Sequence[Stats]) -> Stats:
+    """Of several ranks: sums, but steps are those of the busiest."""
+    columns = list(zip(*(msgspec.structs.astuple(s)[1:] for s in stats), strict=True))
+    return Stats(max(s.n_steps for s in stats), *map(sum, columns))
+
+
 class Unobserved:
     """An Observer that does not listen."""
 
@@ -71,11 +85,31 @@ class Unobserved:
     def restarted(self) -> None: ...
 
 
+class Leg(Protocol):
+    """A request, or the part of it that one unit runs, as the engine sees it. A Generation is one."""
+
+    @property
+    def rid(self) -> int: ...
+    def push(self, token: Token) -> None: ...
+    def fail(self, error: EngineError) -> None:
+        """The rank that ran it is lost, or refuses it."""
+
+
+class Part(Leg, Protocol):
+    """What one unit does for a request that other units serve as well."""
+
+    def hear(self, message: Reserved | Offered | Adopted | Gone) -> None: ...
+
+
 class Engine:
     """One model, served by one unit of worker processes. Make it with `start`; use it from one event loop."""
 
     def __init__(
-        self, config: EngineConfig, observer: Observer | None = None, hosts: HostsConfig | None = None
+        self,
+        config: EngineConfig,
+        observer: Observer | None = None,
+        hosts: HostsConfig | None = None,
+        kv: KvConfig | None = None,
     ) -> None:
         """Reads the small files of the checkpoint. Raises LoadError."""
         folder = Path(config.model)
@@ -98,12 +132,12 @@ class Engine:
             raise LoadError(str(e)) from e
         self.ready: Ready
         self._observer = observer or Unobserved()
-        self._generations: dict[int, Generation] = {}
+        self._generations: dict[int, Leg] = {}
         self._rids = itertools.count()
         self._stats = [_IDLE] * config.ranks
         self._unit: Unit | None = None
         self._router: Router
-        self._hosts = hosts
+        self._hosts, self._kv = hosts, kv
         self._rendezvous: Rendezvous | None = None
         self._wakes = itertools.count(1)
         self._up = asyncio.Event()
@@ -129,12 +163,14 @@ class Engine:
         progress: Callable[[Loading], None] | None = None,
         observer: Observer | None = None,
         hosts: HostsConfig | None = None,
+        kv: KvConfig | None = None,
     ) -> "Engine":
         """Load a model and return when it can answer. Raises LoadError.
 
         `hosts`: where the ranks run, and how the other hosts reach this one, which is the first; None: all run here.
+        `kv`: how its ranks and those of other units give each other prompts.
         """
-        engine = cls(config, observer, hosts)
+        engine = cls(config, observer, hosts, kv)
         try:
             if hosts is not None:
                 engine._rendezvous = await Rendezvous.open(config, hosts)
@@ -160,7 +196,7 @@ class Engine:
         worker is gone for longer than RESTART_WAIT or the engine is shutting down.
         """
         self.check(params)
-        self._check_prompt(prompt, params.max_tokens)
+        self.check_prompt(prompt, params.max_tokens)
         self._refuse_if_ending()
         if len(self._generations) >= self.config.ranks * self.config.max_running + self.config.max_waiting:
             raise QueueFull(
@@ -211,8 +247,44 @@ class Engine:
 
     def stats(self) -> Stats:
         """The unit's state after its last step or ping: sums over its ranks, but steps are those of the busiest."""
-        columns = list(zip(*((s.running, s.waiting, s.pages_used, s.n_preempted) for s in self._stats), strict=True))
-        return Stats(max(s.n_steps for s in self._stats), *map(sum, columns))
+        return added(self._stats)
+
+    @property
+    def up(self) -> bool:
+        """Whether requests can be given to its ranks now."""
+        return self._up.is_set() and self._unit is not None and not self._closed
+
+    def enter(self, part: Part, rank: int, message: Add | Reserve) -> None:
+        """Give a rank its part of a request. Only while `up`."""
+        assert self._unit is not None
+        if not any(s.running or s.waiting for s in self._stats):
+            self._stepped = time.monotonic()
+        self._generations[part.rid] = part
+        self._router.put(part.rid, rank, len(message.prompt if isinstance(message, Add) else message.tokens))
+        if isinstance(message, Add):
+            self.wake(rank, message)
+        else:
+            self._unit.send(rank, message)
+
+    def wake(self, rank: int, add: Add | None = None) -> None:
+        """Call all ranks to run steps, for the sake of one that has a new request, or an adopted one."""
+        if self._unit is None:
+            return
+        number = next(self._wakes)
+        for r in range(self.config.ranks):
+            self._unit.send(r, msgspec.structs.replace(add, wake=number) if add and r == rank else Wake(number))
+
+    def tell(self, rid: int, message: ToWorker) -> None:
+        """Send something to the rank that has this part."""
+        if self._unit is not None and (rank := self._router.rank_of(rid)) is not None:
+            self._unit.send(rank, message)
+
+    def leave(self, rid: int, drop: bool) -> None:
+        """This part is over; `drop`: its rank is to be told."""
+        if drop:
+            self._abort(rid)
+        if self._generations.pop(rid, None) is not None:
+            self._router.ended(rid)
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones go on."""
@@ -272,7 +344,8 @@ class Engine:
     def _who(self, rank: int) -> str:
         return "the worker" if self.config.ranks == 1 else f"rank {rank}"
 
-    def _check_prompt(self, prompt: list[int], max_tokens: int) -> None:
+    def check_prompt(self, prompt: list[int], max_tokens: int) -> None:
+        """Raise BadRequest, naming the field, for a prompt that does not fit."""
         if not prompt:
             raise BadRequest("the prompt is empty; give at least one token", param="prompt")
         room = self.ready.max_context - len(prompt)
@@ -317,7 +390,7 @@ class Engine:
         ranks = self.config.ranks
         others = self._rendezvous.hosts if self._rendezvous else []
         self._unit, self.ready = await Unit.start(
-            self.config, self.spec, progress, self.experts.where, self._hosts, others
+            self.config, self.spec, progress, self.experts.where, self._hosts, others, self._kv
         )
         pages = self.ready.n_pages // ranks
         self._router = Router(self.spec, ranks, self.config.max_running, self.ready.page, pages)
@@ -425,6 +498,9 @@ class Engine:
                         self._push(generation, token)
             case Pong(_, stats):
                 self._stats[rank] = stats
+            case Reserved(rid) | Adopted(rid) | Gone(rid) | Offered(token=Token(rid)):
+                if part := self._generations.get(rid):
+                    cast(Part, part).hear(message)
             case Refused(rid, text):
                 if generation := self._generations.get(rid):
                     generation.fail(BadRequest(text))
@@ -433,7 +509,7 @@ class Engine:
             case _:
                 pass  # a replacement tells how far it has loaded
 
-    def _push(self, generation: Generation, token: Token) -> None:
+    def _push(self, generation: Leg, token: Token) -> None:
         """Give a token to its generation; what goes wrong there ends that one alone.
 
         Anything can: a panic inside the tokenizer library is not even an Exception.

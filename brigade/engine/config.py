@@ -127,3 +127,20 @@ class HostsConfig:
             raise ValueError(f"port must be between 0 and 65535, not {self.port}")
         if not 0 < self.wait <= 86400:
             raise ValueError(f"wait must be above 0 and at most 86400 seconds, not {self.wait}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvConfig:
+    """How the ranks of one unit give prompts to those of others, or take them. One value for all ranks of a unit."""
+
+    role: Literal["prefill", "decode"]
+    n_here: int
+    """Ranks of all units on this machine: they share its cores and its memory."""
+    files: tuple[int, ...] = ()
+    """Shared memory of the caches of all prefill ranks on this machine: file numbers, which processes inherit."""
+    first: int = 0
+    """Which of them is that of this unit's rank 0; those of its other ranks follow."""
+    address: str = ""
+    """Where prefill ranks listen, each on a port of its own, for ranks that share no memory; empty: nowhere."""
+    secret: bytes = field(default=b"", repr=False)
+    """What ranks know each other by over TCP."""

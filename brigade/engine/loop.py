@@ -22,10 +22,12 @@ from brigade.core.pages import PagePool
 from brigade.core.request import Request
 from brigade.core.scheduler import Scheduler, StepPlan
 from brigade.engine import auto
+from brigade.engine.handing import Handing
 from brigade.engine.membership import Membership
 from brigade.engine.messages import (
     Abort,
     Add,
+    Adopt,
     Failed,
     Form,
     Loaded,
@@ -37,6 +39,7 @@ from brigade.engine.messages import (
     Portion,
     Ready,
     Refused,
+    Reserve,
     Start,
     Stats,
     Step,
@@ -75,11 +78,12 @@ class Loop:
         depth: int,
         membership: Membership | None = None,
         micro_batches: int = 1,
+        handing: Handing | None = None,
     ) -> None:
         """`membership`: of a unit that has been formed; None for a worker that runs alone. `micro_batches`: of a step,
-        0 to choose while running."""
+        0 to choose while running. `handing`: how prompts come from other units or go there, if they do."""
         self.worker, self.scheduler, self.channel, self.depth = worker, scheduler, channel, depth
-        self.membership = membership
+        self.membership, self.handing = membership, handing
         self.group: Group = membership.group if membership else Alone()
         self.whole = True
         """False from the loss of another rank until the next Form."""
@@ -112,11 +116,18 @@ class Loop:
                 self._behind.shutdown()
             if self.worker.mover:
                 self.worker.mover.close()
+            if self.handing:
+                self.handing.close()
 
     def turn(self) -> None:
         """Once round: waits for messages only when no rank has anything to run or to wait for, or one is lost."""
-        for message in self.channel.poll(0 if self.whole and not self.asleep else None):
+        rests = self.handing.rests if self.handing else None
+        for message in self.channel.poll(0 if self.whole and not self.asleep else rests):
             self.take(message)
+        if self.handing:
+            for adopted in self.handing.turn():
+                self._do(self.worker.add, *adopted)
+                self.asleep = self.asleep and not isinstance(self.group, Alone)  # others are woken by Wake
         if self.asleep or not self.whole:
             return  # whatever came, the other ranks do not run either
         try:
@@ -158,8 +169,15 @@ class Loop:
             case Wake(wake):
                 self.wake, self.asleep = wake, False
             case Abort(rid):
-                if self.scheduler.abort(rid):
+                known = self.scheduler.live.get(rid)
+                if self.handing and self.handing.drop(rid):
+                    return
+                if self.scheduler.abort(rid) and known:
                     self._do(self.worker.forget, rid)
+            case Reserve() | Adopt():
+                if self.handing is None:
+                    raise ValueError("a worker that runs alone was told to take a prompt from another one")
+                self.handing.take(message)
             case Ping(seq):
                 self.channel.send(Pong(seq, self.stats()))
             case Form():
@@ -246,28 +264,40 @@ class Loop:
         broken = [rid for rid, c in choices.items() if c.token == BROKEN and self.scheduler.abort(rid)]
         live = {rid: self.scheduler.live[rid] for rid in choices if rid in self.scheduler.live}
         finished = self.scheduler.commit(plan, {rid: c.token for rid, c in choices.items()})
-        tokens = [_token(req, choices[rid]) for rid, req in live.items()]
+        held = {req.rid for req in finished if self.handing and self.handing.hold(req, _token(req, choices[req.rid]))}
+        tokens = [_token(req, choices[rid]) for rid, req in live.items() if rid not in held]
         tokens += [Token(rid, 0, "error") for rid in broken]
         for req in finished:
-            self.scheduler.release(req)
+            if req.rid not in held:
+                self.scheduler.release(req)
         for rid in [req.rid for req in finished] + broken:
             self._do(self.worker.forget, rid)
+        if self.handing:
+            for rid in broken:
+                self.handing.drop(rid)
         self.n_steps += 1
         if plan:
             self.channel.send(Step(tokens, self.stats()))
 
     def stats(self) -> Stats:
         s = self.scheduler
-        return Stats(self.n_steps, len(s.running), len(s.waiting), s.pool.n_pages - s.pool.n_free, s.n_preempted)
+        reserved, offered = self.handing.pages if self.handing else (0, 0)
+        used = s.pool.n_pages - s.pool.n_free
+        return Stats(self.n_steps, len(s.running), len(s.waiting), used, s.n_preempted, reserved, offered)
 
     def _add(self, m: Add) -> None:
-        req = Request(m.rid, m.prompt, m.params.max_tokens, stop_ids(self.worker.spec, m.params), m.salt)
+        n_prompt = m.n_prompt or len(m.prompt)
+        n_new = len(m.prompt) - n_prompt
+        most = n_new + 1 if m.hold >= 0 else m.params.max_tokens
+        stops = stop_ids(self.worker.spec, m.params)
         try:
-            self.scheduler.add(req)
+            self.scheduler.add(Request(m.rid, m.prompt, most, stops, m.salt, n_prompt=n_prompt))
         except ValueError as e:
             self.channel.send(Refused(m.rid, str(e)))
             return
-        self._do(self.worker.add, m.rid, m.prompt, m.params)
+        if m.hold >= 0 and self.handing and n_new + 1 < m.params.max_tokens:
+            self.handing.expect(m.rid, m.hold)
+        self._do(self.worker.add, m.rid, m.prompt[:n_prompt], m.params, *([m.prompt[n_prompt:]] if n_new else []))
 
     def _do(self, what: Run, *args: Any) -> "Future[Any]":
         if self._behind:
@@ -330,7 +360,9 @@ def main(fd: int) -> int:
         try:
             unit = UnitRank.of(start)
             where = start.placement, start.portion
-            worker = Worker.read(config, auto.this_machine().part(unit.n_here), _progress(channel), unit, *where)
+            worker = Worker.read(config, auto.this_machine().part(unit.n_sharing), _progress(channel), unit, *where)
+            if start.kv is not None and start.kv.role == "prefill" and start.kv.files:
+                worker.kv_file = start.kv.files[start.kv.first + start.rank]
             channel.send(Loaded(unit.port))
             membership = Membership(config, unit, worker)
             ready = _join(channel, membership)
@@ -346,7 +378,8 @@ def main(fd: int) -> int:
         )
         channel.send(ready)
         micro_batches = config.micro_batches if worker.wire and unit.size > 1 else 1
-        Loop(worker, scheduler, channel, config.depth, membership, micro_batches).run()
+        handing = None if start.kv is None else Handing.of(start.kv, start.rank, worker, scheduler, channel)
+        Loop(worker, scheduler, channel, config.depth, membership, micro_batches, handing).run()
     except ChannelClosed:
         log.info("the channel was closed; ending")
     return 0

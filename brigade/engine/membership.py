@@ -39,7 +39,7 @@ class Membership:
         the first time ValueError and MemoryError.
         """
         if self._resolved is None:
-            self._resolved = self._worker.make_cache(self._config, auto.this_machine().part(self._unit.n_here))
+            self._resolved = self._worker.make_cache(self._config, auto.this_machine().part(self._unit.n_sharing))
         self._unit.meet(form)
         self._worker.meet(self._unit)
         if self._warm:

@@ -2,9 +2,10 @@
 
 import msgspec
 
+from brigade.comm.kv.offer import Offer
 from brigade.core.moves import Move
 from brigade.core.placement import Placement
-from brigade.engine.config import EngineConfig
+from brigade.engine.config import EngineConfig, KvConfig
 from brigade.spec.sampling import SamplingParams
 
 
@@ -25,6 +26,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """Which slot holds which routed expert now; None: as at the first start."""
     portion: int = 0
     """Number of the last portion of moves that this placement includes."""
+    kv: KvConfig | None = None
+    """How this rank and those of other units give each other prompts; None: it computes and decodes alone."""
 
 
 class Form(msgspec.Struct, frozen=True, tag=True):
@@ -50,6 +53,10 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     salt: str = ""
     wake: int = 0
     """Number of this call; the other ranks get it as Wake."""
+    n_prompt: int = 0
+    """Of `prompt`, the tokens that are the prompt; 0: all. The rest were generated before, by a rank that was lost."""
+    hold: int = -1
+    """At least 0: sample one token, keep the pages, and offer the rows from this token on (Offered)."""
 
 
 class Wake(msgspec.Struct, frozen=True, tag=True):
@@ -59,7 +66,8 @@ class Wake(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Forget a request and give its pages back. Unknown ids are fine: it may have finished meanwhile."""
+    """Forget a request and give its pages back, also those that were offered or reserved; pages that are being filled
+    come back when the transfer has ended. Unknown ids are fine: it may have finished meanwhile."""
 
     rid: int
 
@@ -85,7 +93,25 @@ class TellLoads(msgspec.Struct, frozen=True, tag=True):
     seq: int
 
 
-ToWorker = Start | Form | Add | Wake | Abort | Ping | Portion | TellLoads
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """Hold pages for a request whose prompt another rank computes; answered by Reserved when there is room."""
+
+    rid: int
+    tokens: list[int]
+    n_prompt: int
+    params: SamplingParams
+    salt: str = ""
+
+
+class Adopt(msgspec.Struct, frozen=True, tag=True):
+    """Fetch the offered rows into the reserved pages and go on after `token`."""
+
+    rid: int
+    token: int
+    offer: Offer
+
+
+ToWorker = Start | Form | Add | Wake | Abort | Ping | Portion | TellLoads | Reserve | Adopt
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -148,6 +174,10 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     pages_used: int
     n_preempted: int
     """Preemptions since the start."""
+    pages_reserved: int = 0
+    """Of the pages used, those that are being filled from elsewhere."""
+    pages_offered: int = 0
+    """Those of computed prompts that other ranks may read; one that two prompts share counts twice."""
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -205,4 +235,50 @@ class Loads(msgspec.Struct, frozen=True, tag=True):
     """[layer] -> rows of all ranks that were computed here; zeros where all experts are on one rank."""
 
 
-FromWorker = Loading | Loaded | Ready | Failed | Step | Refused | Pong | Lost | Staged | Settled | Loads
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """Pages are held; the rows of tokens before `start` are here already."""
+
+    rid: int
+    start: int
+
+
+class Offered(msgspec.Struct, frozen=True, tag=True):
+    """The prompt is computed: its first token, and where its rows are."""
+
+    token: Token
+    offer: Offer
+
+
+class Adopted(msgspec.Struct, frozen=True, tag=True):
+    """The request runs here now."""
+
+    rid: int
+    failure: str = ""
+    """Why its rows could not be fetched, so that this rank computes the prompt itself; empty: they are here."""
+    seconds: float = 0.0
+    """How long the transfer took."""
+
+
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """This rank has nothing of a request that it was told to adopt."""
+
+    rid: int
+
+
+FromWorker = (
+    Loading
+    | Loaded
+    | Ready
+    | Failed
+    | Step
+    | Refused
+    | Pong
+    | Lost
+    | Staged
+    | Settled
+    | Loads
+    | Reserved
+    | Offered
+    | Adopted
+    | Gone
+)

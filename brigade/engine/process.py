@@ -26,7 +26,7 @@ class WorkerProcess:
     async def start(cls, start: Start) -> "WorkerProcess":
         """Start a process and tell it what to load. Raises LoadError if the system cannot start one.
 
-        The process inherits the file `start.segment`, if any, under the same number.
+        The process inherits the shared memory that `start` names, under the same file numbers.
         """
         try:
             ours, theirs = socket.socketpair()
@@ -34,7 +34,7 @@ class WorkerProcess:
             raise LoadError(f"no channel to a worker process can be made: {e}") from e
         with theirs:
             try:
-                process = _launch(theirs.fileno(), start.segment)
+                process = _launch([theirs.fileno(), *_inherited(start)])
             except OSError as e:
                 ours.close()
                 raise LoadError(f"no worker process can be started: {e}") from e
@@ -80,11 +80,17 @@ class WorkerProcess:
         return self._process.poll()
 
 
-def _launch(fd: int, segment: int) -> "subprocess.Popen[bytes]":
+def _inherited(start: Start) -> list[int]:
+    segment = [start.segment] if start.segment >= 0 else []
+    return [*segment, *(start.kv.files if start.kv else ())]
+
+
+def _launch(fds: list[int]) -> "subprocess.Popen[bytes]":
+    """`fds`: what the process inherits; the first is its channel."""
     return subprocess.Popen(
         # -P: -m alone would put the current directory first, and a stray module there would be run.
-        [sys.executable, "-P", "-m", "brigade.engine.loop", str(fd)],
-        pass_fds=[fd] if segment < 0 else [fd, segment],
+        [sys.executable, "-P", "-m", "brigade.engine.loop", str(fds[0])],
+        pass_fds=fds,
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone; the worker ends when it closes
         env={

@@ -1,9 +1,10 @@
 """Which rank gets which request: keeps what is in flight on each rank and asks core/routing.py. Sends nothing."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from brigade.core.prefixes import SentPrefixes
-from brigade.core.routing import NewRequest, RankLoad, Weights, choose, pairs
+from brigade.core.routing import NewRequest, RankLoad, Role, Weights, choose, pairs
 from brigade.spec.model import Mla, ModelSpec
 from brigade.spec.params import active
 
@@ -32,31 +33,41 @@ class InFlight:
 class Router:
     """Gives each request a rank. One unit of `n_ranks`, each with `pages` pages of `page` tokens."""
 
-    def __init__(self, spec: ModelSpec, n_ranks: int, max_running: int, page: int, pages: int) -> None:
-        self._weights = weights_of(spec)
+    def __init__(
+        self, spec: ModelSpec, n_ranks: int, max_running: int, page: int, pages: int, role: Role = "both"
+    ) -> None:
+        self._weights, self._role = weights_of(spec), role
         self._n_ranks, self._max_running, self._max_tokens = n_ranks, max_running, page * pages
         self._page, self._pages = page, pages
         self._sent = [SentPrefixes(page, pages) for _ in range(n_ranks)]
         self._in_flight: dict[int, InFlight] = {}
         self._last = -1
 
-    def place(self, rid: int, prompt: list[int], max_new: int, salt: str) -> int:
+    def place(self, rid: int, prompt: list[int], max_new: int, salt: str, among: Collection[int] | None = None) -> int:
         """The rank of a new request, which is in flight from now on. Where every rank is full it waits on the one that
-        has the least to do."""
+        has the least to do.
+
+        `among`: ranks that can be had now, at least one; None: all.
+        """
         if self._n_ranks == 1:
             rank = 0
         else:
             cached = {rank: sent.known(prompt, salt) for rank, sent in enumerate(self._sent)}
-            rank = self._choose(NewRequest(len(prompt), max_new), cached)
+            ranks = range(self._n_ranks) if among is None else among
+            rank = self._choose(NewRequest(len(prompt), max_new), cached, ranks)
             self._sent[rank].add(prompt, salt)
         self._in_flight[rid] = InFlight(rank, len(prompt))
         self._last = rank
         return rank
 
-    def _choose(self, request: NewRequest, cached: dict[int, int]) -> int:
+    def put(self, rid: int, rank: int, n_prompt: int) -> None:
+        """A request that somebody else has placed is in flight on this rank from now on."""
+        self._in_flight[rid] = InFlight(rank, n_prompt)
+
+    def _choose(self, request: NewRequest, cached: dict[int, int], ranks: Collection[int]) -> int:
         for max_requests, max_tokens in (self._max_running, self._max_tokens), (NO_LIMIT, NO_LIMIT):
-            loads = [self._load(rank, max_requests, max_tokens) for rank in range(self._n_ranks)]
-            rank = choose(request, loads, weights=self._weights, cached=cached, last=self._last)
+            loads = [self._load(rank, max_requests, max_tokens) for rank in ranks]
+            rank = choose(request, loads, weights=self._weights, role=self._role, cached=cached, last=self._last)
             if rank is not None:
                 return rank
         raise AssertionError("a rank without limits has room")

@@ -16,19 +16,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from brigade.core.placement import Placement
-from brigade.engine.config import EngineConfig, HostsConfig
+from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
 from brigade.engine.local_host import Ended, LocalHost, RankHost
 from brigade.engine.messages import (
+    Adopted,
     Failed,
     Form,
     FromWorker,
+    Gone,
     Loaded,
     Loading,
     Loads,
     Lost,
+    Offered,
     Pong,
     Ready,
     Refused,
+    Reserved,
     Settled,
     Staged,
     Start,
@@ -81,8 +85,14 @@ is whole."""
 class Unit:
     """Running ranks on one or several machines. Make it with `start`."""
 
-    def __init__(self, config: EngineConfig, hosts: list[RankHost], where: Where = lambda: (None, 0)) -> None:
-        self.config, self.hosts, self._where = config, hosts, where
+    def __init__(
+        self,
+        config: EngineConfig,
+        hosts: list[RankHost],
+        where: Where = lambda: (None, 0),
+        kv: KvConfig | None = None,
+    ) -> None:
+        self.config, self.hosts, self._where, self._kv = config, hosts, where, kv
         self.generation = 0
         """The one last called for."""
         self.whole = False
@@ -114,6 +124,7 @@ class Unit:
         where: Where = lambda: (None, 0),
         hosts: HostsConfig | None = None,
         others: Sequence[RankHost] = (),
+        kv: KvConfig | None = None,
     ) -> tuple["Unit", Ready]:
         """Start all ranks and wait until they are ready. Raises LoadError; then no process is left.
 
@@ -127,7 +138,7 @@ class Unit:
             here = LocalHost.create(config, spec, on_one_host(config.ranks))
         else:
             here = LocalHost.create(config, spec, hosts.layout, 0, hosts.secret)
-        unit = cls(config, [here, *others], where)
+        unit = cls(config, [here, *others], where, kv)
         try:
             return unit, await unit._first(progress)
         except UnitLost as e:
@@ -188,7 +199,9 @@ class Unit:
         """Start the process of a rank. Raises LoadError."""
         placement, portion = self._where()
         sizes = [len(host.ranks) for host in self.hosts] if len(self.hosts) > 1 else []
-        await self._host[rank].start(Start(self.config, rank, hosts=sizes, placement=placement, portion=portion))
+        await self._host[rank].start(
+            Start(self.config, rank, hosts=sizes, placement=placement, portion=portion, kv=self._kv)
+        )
         self._expect(rank)
 
     async def _listen(self, host: RankHost) -> None:
@@ -217,7 +230,18 @@ class Unit:
                 self._given_up.setdefault(rank, text)
             case Lost():
                 self._on_lost(message)
-            case Step() | Pong() | Refused() | Staged() | Settled() | Loads():
+            case (
+                Step()
+                | Pong()
+                | Refused()
+                | Staged()
+                | Settled()
+                | Loads()
+                | Reserved()
+                | Offered()
+                | Adopted()
+                | Gone()
+            ):
                 if isinstance(message, Step) and self.whole:
                     self._n_failed = dict.fromkeys(self._host, 0)
                 self._events.put_nowait((rank, message))

@@ -43,6 +43,8 @@ class UnitRank:
         self.rank, self.size, self._redundant = rank, size, redundant
         self._deadline, self._network = deadline, network
         self._first, self.n_here = network.here(rank) if network else (0, size)
+        self.n_sharing = self.n_here
+        """Ranks, of other units too, that share this machine's cores and memory."""
         self._shared: SharedGroup | None = None
         if segment >= 0:
             within = patience(deadline) if network else deadline
@@ -55,7 +57,10 @@ class UnitRank:
         """The place that a worker was started for. Raises ValueError."""
         network = Network(start) if start.hosts else None
         c = start.config
-        return cls(start.rank, c.ranks, start.segment, c.rank_deadline, c.redundant_experts, network)
+        unit = cls(start.rank, c.ranks, start.segment, c.rank_deadline, c.redundant_experts, network)
+        if start.kv is not None:
+            unit.n_sharing = start.kv.n_here
+        return unit
 
     @property
     def group(self) -> Group:

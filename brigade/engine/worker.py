@@ -1,7 +1,7 @@
 """Runs step plans in order: owns the model, the cache and what sampling remembers. Must not decide what runs."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,8 @@ class Worker:
     histories: dict[int, History]
     dtype: str = "bfloat16"
     """Of activations and cache."""
+    kv_file: int = -1
+    """Shared memory for the cache, if others are to read it."""
     notes: list[str] = field(default_factory=list)
     """What "auto" settings became while loading, and why."""
     mover: Mover | None = None
@@ -117,12 +119,13 @@ class Worker:
             if unit.size > 1:
                 files = ExpertFiles(checkpoint, dtype)
                 mover = Mover(model, spread, files, unit.rank, placement, portion, spec.n_dense)
-        return cls(spec, model, config.page, {}, computing.dtype, [computing.note, threads_note], mover, way)
+        notes = [computing.note, threads_note]
+        return cls(spec, model, config.page, {}, computing.dtype, notes=notes, mover=mover, wire=way)
 
     def make_cache(self, config: EngineConfig, machine: auto.Machine) -> auto.Resolved:
         """Make the cache from what the weights leave free. Raises ValueError, MemoryError."""
         resolved = auto.resolve(config, self.spec, machine, self.dtype)
-        cache = KvCache(self.spec, resolved.n_pages, config.page, getattr(torch, self.dtype))
+        cache = KvCache(self.spec, resolved.n_pages, config.page, getattr(torch, self.dtype), self.kv_file)
         self.model.attach(cache, resolved.max_context)
         resolved.notes[:0] = self.notes
         return resolved
@@ -136,8 +139,11 @@ class Worker:
             raise TypeError("a dense model has no experts to spread")
         self.model.spread.exchange = exchange
 
-    def add(self, rid: int, prompt: list[int], params: SamplingParams) -> None:
-        self.histories[rid] = History(params, prompt)
+    def add(self, rid: int, prompt: list[int], params: SamplingParams, new: Sequence[int] = ()) -> None:
+        """`new`: tokens that were generated elsewhere."""
+        history = self.histories[rid] = History(params, prompt)
+        for token in new:
+            history.append(token)
 
     def forget(self, rid: int) -> None:
         self.histories.pop(rid, None)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from brigade.comm.kv import shared
-from brigade.comm.kv.link import Fetched, Fetches, Offer, Offers, Open
+from brigade.comm.kv.link import Fetched, Fetches, Offers, Open
+from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.rows import Rows
 from brigade.comm.kv.shared import SharedCaches
 from brigade.comm.kv.tcp import Caller, KvServer

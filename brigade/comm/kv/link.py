@@ -19,36 +19,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-import msgspec
 import xxhash
 
+from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.rows import Bytes, Rows
 
 TRIES = 2
 """How often a layer is fetched before the transfer fails."""
 _AT_ONCE = 4
 """Transfers of one rank that run at the same time: one that stalls does not hold up the others."""
-
-
-class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """Where the rows of tokens start..end of a prompt lie in the cache of the rank that computed it."""
-
-    rid: int
-    """The number of the request on that rank."""
-    pages: list[int]
-    """Page table of the whole prompt."""
-    page: int
-    n_pages: int
-    """Pages of that cache."""
-    start: int
-    end: int
-    row_bytes: int
-    checks: list[int]
-    """Checksum of those rows, by layer."""
-    file: int = -1
-    """Number of the shared memory that holds the cache; -1: it is not shared."""
-    address: str = ""
-    """"host:port" where the rows can be fetched; empty: nowhere."""
 
 
 class Failed(ConnectionError):

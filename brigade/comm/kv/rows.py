@@ -62,7 +62,7 @@ class Rows:
 
 
 def copy(source: Iterator[Bytes], target: Iterator[Bytes]) -> Iterator[Bytes]:
-    """Fill the runs of `target` from those of `source`, which are the same bytes in other pieces; gives each when full."""
+    """Fill the runs of `target` from those of `source`, the same bytes in other pieces; gives each run when full."""
     left = np.empty(0, np.uint8)
     for run in target:
         at = 0

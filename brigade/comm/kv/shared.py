@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from brigade.comm.kv.link import Failed, Offer
+from brigade.comm.kv.link import Failed
+from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.rows import Bytes, Rows, copy
 
 

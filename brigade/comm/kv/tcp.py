@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from itertools import islice
 
 from brigade.comm.handshake import Hello, Refused, answer, call, welcome
-from brigade.comm.kv.link import Failed, Offer, Offers
+from brigade.comm.kv.link import Failed, Offers
+from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.rows import Bytes
 from brigade.comm.meeting import listen
 

@@ -1,0 +1,280 @@
+"""Several units as one engine: prompts are computed by prefill units and continued by decode units.
+
+For its callers it is what `Engine` is. Each unit has an Engine of its own, which starts, watches and replaces it; what
+a request needs of which unit is a `Flight`. When a unit or a rank is lost its requests go on elsewhere, or when it is
+whole again, with the same text: nobody has to ask again.
+"""
+
+import asyncio
+import itertools
+import os
+import random
+import secrets
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from brigade.comm.kv.shared import create
+from brigade.core.handover import Deadlines, Event, State
+from brigade.engine.client import Engine, Unobserved, added
+from brigade.engine.config import EngineConfig, KvConfig
+from brigade.engine.flight import Flight, RequestPart, Side
+from brigade.engine.generation import Generation
+from brigade.engine.messages import Loading, Ready, Stats
+from brigade.engine.output import Health, LoadError, Observer, QueueFull, Unavailable
+from brigade.engine.router import Router
+from brigade.spec.sampling import SamplingParams
+
+RETRY_EVERY = 0.02
+"""Seconds between two looks for a unit, for requests that wait for one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetConfig:
+    """Which units a fleet has, all on this machine. Raises ValueError for what cannot work together."""
+
+    prefill: tuple[EngineConfig, ...]
+    decode: tuple[EngineConfig, ...]
+    link: Literal["shared", "tcp"] = "shared"
+    """How prompts get from one to the other."""
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+    def __post_init__(self) -> None:
+        if not self.prefill or not self.decode:
+            raise ValueError("a fleet needs at least one prefill unit and one decode unit")
+        first = self.prefill[0]
+        for config in self.units:
+            for name in ("model", "dtype", "weights", "page"):
+                a, b = getattr(first, name), getattr(config, name)
+                if a != b:
+                    raise ValueError(f"{name} must be the same in all units of a fleet, not {a!r} and {b!r}")
+
+    @property
+    def units(self) -> tuple[EngineConfig, ...]:
+        return self.prefill + self.decode
+
+
+class _Pool:
+    """The units of one role, their ranks numbered through."""
+
+    def __init__(self, side: Side, engines: Sequence[Engine], configs: Sequence[EngineConfig]) -> None:
+        self.side, self.engines = side, list(engines)
+        self.at = [
+            (engine, rank) for engine, config in zip(engines, configs, strict=True) for rank in range(config.ranks)
+        ]
+        each = [engine.ready.n_pages // config.ranks for engine, config in zip(engines, configs, strict=True)]
+        first = self.engines[0]
+        most = min(config.max_running for config in configs)
+        self.router = Router(first.spec, len(self.at), most, first.ready.page, min(each), side)
+
+    def up(self) -> list[int]:
+        return [i for i, (engine, _) in enumerate(self.at) if engine.up]
+
+
+class Fleet:
+    """Make it with `start`; use it from one event loop."""
+
+    def __init__(self, config: FleetConfig, observer: Observer | None = None) -> None:
+        """Reads the small files of the checkpoint. Raises LoadError."""
+        self.config_of_fleet = config
+        self._observer = observer or Unobserved()
+        self.engines = [Engine(unit, self._observer) for unit in config.units]
+        one = self.engines[0]
+        self.spec, self.tokenizer, self.generation, self.config = one.spec, one.tokenizer, one.generation, one.config
+        self.deadlines = config.deadlines
+        self.ready: Ready
+        self._narrowest: Engine
+        self._pools: dict[Side, _Pool] = {}
+        self._files: list[int] = []
+        self._flights: dict[int, Flight] = {}
+        self._rids = itertools.count()
+        self._parked: list[Callable[[], None]] = []
+        self._waiting: asyncio.TimerHandle | None = None
+        self._draining = self._closed = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self.transfers: Counter[str] = Counter()
+        """How many prompts were "fetched", and how many "computed" again because they could not be."""
+        self.transfer_seconds = 0.0
+        """All transfers together."""
+
+    @classmethod
+    async def start(
+        cls,
+        config: FleetConfig,
+        *,
+        progress: Callable[[Loading], None] | None = None,
+        observer: Observer | None = None,
+    ) -> "Fleet":
+        """Load the model into all units and return when they can answer. Raises LoadError."""
+        fleet = cls(config, observer)
+        try:
+            await fleet._start(progress or (lambda _: None))
+        except BaseException:
+            await fleet.close()
+            raise
+        return fleet
+
+    async def _start(self, progress: Callable[[Loading], None]) -> None:
+        configs, n_prefill = self.config_of_fleet.units, len(self.config_of_fleet.prefill)
+        told = [Loading(0, 0)] * len(configs)
+        secret = secrets.token_bytes(32)
+        if self.config_of_fleet.link == "shared":
+            try:
+                self._files = [create() for config in self.config_of_fleet.prefill for _ in range(config.ranks)]
+            except OSError as e:
+                raise LoadError(f"no memory can be shared between units: {e}") from e
+        firsts = itertools.accumulate((c.ranks for c in configs), initial=0)
+
+        def hear(i: int) -> Callable[[Loading], None]:
+            def tell(loading: Loading) -> None:
+                told[i] = loading
+                progress(Loading(sum(x.done for x in told), sum(x.total for x in told)))
+
+            return tell
+
+        async def start(i: int, first: int) -> Engine:
+            kv = KvConfig(
+                role="prefill" if i < n_prefill else "decode",
+                n_here=sum(c.ranks for c in configs),
+                files=tuple(self._files),
+                first=first if i < n_prefill else 0,
+                address="127.0.0.1" if self.config_of_fleet.link == "tcp" and i < n_prefill else "",
+                secret=secret,
+            )
+            return await Engine.start(configs[i], progress=hear(i), observer=self._observer, kv=kv)
+
+        starting = [asyncio.create_task(start(i, first)) for i, first in zip(range(len(configs)), firsts, strict=False)]
+        try:
+            await asyncio.wait(starting, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in starting:
+                task.cancel()  # no more than a word to those that are up
+            ends = await asyncio.gather(*starting, return_exceptions=True)
+            self.engines = [engine for engine in ends if isinstance(engine, Engine)]
+        for end in ends:
+            if isinstance(end, LoadError):
+                raise end  # `close` ends those that are up
+        for task in starting:
+            task.result()
+        self._pools = {
+            "prefill": _Pool("prefill", self.engines[:n_prefill], configs[:n_prefill]),
+            "decode": _Pool("decode", self.engines[n_prefill:], configs[n_prefill:]),
+        }
+        self._narrowest = min(self.engines, key=lambda e: e.ready.max_context)
+        notes = [f"{n_prefill} prefill and {len(configs) - n_prefill} decode units, over {self.config_of_fleet.link}"]
+        roles = ["prefill"] * n_prefill + ["decode"] * (len(configs) - n_prefill)
+        notes += [f"{role}: {note}" for role, e in zip(roles, self.engines, strict=True) for note in e.ready.notes]
+        n_pages = sum(e.ready.n_pages for e in self.engines)
+        self.ready = Ready(n_pages, self._narrowest.ready.page, self._narrowest.ready.max_context, notes)
+
+    async def submit(self, prompt: list[int], params: SamplingParams, salt: str = "") -> Generation:
+        """Start one generation. Raises BadRequest, QueueFull and Unavailable as `Engine.submit` does."""
+        self.check(params)
+        self._narrowest.check_prompt(prompt, params.max_tokens)
+        if self._closed or self._draining:
+            raise Unavailable("the engine was closed" if self._closed else "shutting down")
+        decode = self.config_of_fleet.decode
+        if len(self._flights) >= sum(c.ranks * c.max_running for c in decode) + decode[0].max_waiting:
+            raise QueueFull(f"{len(self._flights)} requests are running or waiting, which is the limit; try again", 1.0)
+        if params.seed is None:
+            params = replace(params, seed=random.SystemRandom().getrandbits(62))
+        generation = Generation(next(self._rids), len(prompt), params, self.tokenizer, self._observer, self._on_end)
+        flight = self._flights[generation.rid] = Flight(self, generation, prompt, salt)
+        self._empty.clear()
+        flight.begin()
+        return generation
+
+    def check(self, params: SamplingParams) -> None:
+        """Raise BadRequest, naming the field, for parameters that this model cannot serve."""
+        self.engines[0].check(params)
+
+    @property
+    def failed(self) -> bool:
+        """A bug ended one of the engines: it will not come back."""
+        return any(engine.failed for engine in self.engines)
+
+    def health(self) -> Health:
+        """Ready while there is a unit of each role that answers."""
+        if self._draining:
+            return Health(False, "shutting down")
+        for side, pool in self._pools.items():
+            if not any(engine.up for engine in pool.engines):
+                return Health(False, f"no {side} unit: {pool.engines[0].health().reason}")
+        return Health(True, "ok")
+
+    def stats(self) -> Stats:
+        """The state of all units after their last steps or pings."""
+        return added([engine.stats() for engine in self.engines])
+
+    def states(self) -> dict[str, int]:
+        """How many requests are in each state of a hand-over."""
+        n = Counter(flight.state for flight in self._flights.values())
+        return {state.value: n[state] for state in State if state is not State.ENDED}
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; running ones go on."""
+        self._draining = True
+
+    async def idle(self, deadline: float) -> bool:
+        """Wait until nothing is in flight, at most `deadline` seconds; whether it is so."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), deadline)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """End all units. Generations in flight end with Unavailable."""
+        self._closed = True
+        if self._waiting:
+            self._waiting.cancel()
+        for flight in list(self._flights.values()):
+            flight.close(Unavailable("the engine was closed"))
+        await asyncio.gather(*(engine.close() for engine in self.engines))
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
+    # For flights
+
+    def choose(self, flight: Flight, side: Side, max_new: int) -> RequestPart | None:
+        """A rank for a part of a request; None while no unit of that role is there."""
+        pool = self._pools[side]
+        up = pool.up()
+        if not up:
+            return None
+        rid = next(self._rids)
+        at = pool.router.place(rid, flight.tokens, max_new, flight.salt, up)
+        engine, rank = pool.at[at]
+        return RequestPart(flight, side, rid, engine, rank)
+
+    def left(self, part: RequestPart) -> None:
+        self._pools[part.side].router.ended(part.rid)
+
+    def park(self, again: Callable[[], None]) -> None:
+        """Try again when there may be a unit; the request's own deadline ends it."""
+        self._parked.append(again)
+        if self._waiting is None:
+            self._waiting = asyncio.get_running_loop().call_later(RETRY_EVERY, self._retry)
+
+    def _retry(self) -> None:
+        self._waiting = None
+        parked, self._parked = self._parked, []
+        for again in parked:
+            again()
+
+    def adopted(self, failure: str, seconds: float) -> None:
+        self.transfers["computed" if failure else "fetched"] += 1
+        self.transfer_seconds += seconds
+
+    def ended(self, flight: Flight) -> None:
+        self._flights.pop(flight.generation.rid, None)
+        if not self._flights:
+            self._empty.set()
+
+    def _on_end(self, generation: Generation, tell_worker: bool) -> None:
+        """The generation has ended by itself; `tell_worker`: before its last token."""
+        if tell_worker and (flight := self._flights.get(generation.rid)):
+            flight.on(Event.LEFT)
