@@ -114,27 +114,40 @@ def cannot_run(deployed: Deployed, spec: ModelSpec) -> list[str]:
     d, out = deployed.what, []
     if spec.moe is None and any(u.redundant_experts for u in d.units):
         out.append("redundant_experts: this model has no routed experts; leave the key out")
-    if len(d.units) > 1 or d.units[0].count > 1 or d.units[0].role != "mixed":
+    if not is_fleet(d) and (len(d.units) > 1 or d.units[0].count > 1 or d.units[0].role != "mixed"):
         what = ", ".join(f"{u.count} {u.role}" for u in d.units)
-        out.append(f"units: {what}; this version runs one unit of role mixed, so `brigade up` refuses the file")
+        runs = "one unit of role mixed, or units of roles prefill and decode, at least one of each"
+        out.append(f"units: {what}; this version runs {runs}, so `brigade up` refuses the file")
         return out
-    out += _unit_problems(d.units[0], d.units[0].layouts()[0], spec)
-    try:
-        deployed.engine_config(d.units[0], d.units[0].layouts()[0].n_ranks)
-    except Fault as e:
-        out.append(str(e))
+    if is_fleet(d) and not all(is_loopback(h) for u in d.units for h in u.hosts):
+        out.append(
+            "units: this version runs prefill and decode units on one machine, so `brigade up` refuses the file; "
+            "leave hosts out"
+        )
+        return out
+    for i, units in enumerate(d.units):
+        out += _unit_problems(f"units[{i}]", units, units.layouts()[0], spec)
+        try:
+            deployed.engine_config(units, units.layouts()[0].n_ranks)
+        except Fault as e:
+            out.append(str(e))
     return out
 
 
-def _unit_problems(units: Units, layout: Layout, spec: ModelSpec) -> list[str]:
+def is_fleet(d: Deployment) -> bool:
+    """Whether prompts are computed by units of their own."""
+    return {u.role for u in d.units} == {"prefill", "decode"}
+
+
+def _unit_problems(name: str, units: Units, layout: Layout, spec: ModelSpec) -> list[str]:
     out = []
     if spec.moe is not None and layout.n_ranks > spec.moe.n_experts:
         out.append(
-            f"units[0]: {layout.n_ranks} ranks, but the model has {spec.moe.n_experts} routed experts a layer; "
+            f"{name}: {layout.n_ranks} ranks, but the model has {spec.moe.n_experts} routed experts a layer; "
             "give fewer hosts or ranks_per_host"
         )
     if units.redundant_experts and layout.n_ranks == 1:
-        out.append("units[0].redundant_experts: they are copies on other ranks, and there is one; leave the key out")
+        out.append(f"{name}.redundant_experts: they are copies on other ranks, and there is one; leave the key out")
     return out
 
 

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from brigade.cli.deployed import Deployed
 from brigade.cli.deployment_file import read_deployment
-from brigade.cli.explained import cannot_run, memory_of
+from brigade.cli.explained import cannot_run, is_fleet, memory_of
 from brigade.cli.fault import Fault
 from brigade.cli.secret import read_secret
 from brigade.engine.auto import this_machine
 from brigade.engine.config import EngineConfig, HostsConfig
+from brigade.engine.fleet import FleetConfig
 from brigade.spec.config import BadConfig, read_spec
+from brigade.spec.deploy import Units
 from brigade.spec.layout import Layout
 from brigade.spec.model import ModelSpec
 
@@ -21,13 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """The one unit of a deployment that this version can run."""
+    """What a deployment runs: one unit, or a fleet of several on this machine."""
 
     deployed: Deployed
     layout: Layout
     engine: EngineConfig
     hosts: HostsConfig | None
     """None: the unit is on one host."""
+    fleet: FleetConfig | None = None
+    """All units where prompts are computed by units of their own; `engine` is the first of them then."""
 
     def join(self, address: str, wait: float) -> "JoinConfig":
         """How the host with this address joins the unit. Raises Fault for an address that is not in the file."""
@@ -58,12 +62,23 @@ def read_launch(file: Path) -> Launch:
     if problems := cannot_run(deployed, spec):
         raise Fault(f"{file}: {problems[0].removeprefix(f'{file}: ')}", 2)
     layout = deployed.what.units[0].layouts()[0]
-    return Launch(deployed, layout, engine_config(deployed, spec), _hosts(deployed, layout))
+    fleet = _fleet(deployed, spec) if is_fleet(deployed.what) else None
+    return Launch(deployed, layout, engine_config(deployed, spec), _hosts(deployed, layout), fleet)
 
 
-def engine_config(deployed: Deployed, spec: ModelSpec) -> EngineConfig:
-    """Settings of the one unit, as `brigade explain` shows them: with rank_memory, the cache is what it leaves."""
-    units = deployed.what.units[0]
+def _fleet(deployed: Deployed, spec: ModelSpec) -> FleetConfig:
+    units = deployed.what.units
+    prefill, decode = (
+        tuple(engine_config(deployed, spec, u) for u in units if u.role == role for _ in range(u.count))
+        for role in ("prefill", "decode")
+    )
+    return FleetConfig(prefill=prefill, decode=decode)
+
+
+def engine_config(deployed: Deployed, spec: ModelSpec, units: Units | None = None) -> EngineConfig:
+    """Settings of a unit (None: the first), as `brigade explain` shows them: with rank_memory, the cache is what it
+    leaves."""
+    units = units or deployed.what.units[0]
     layout = units.layouts()[0]
     engine = deployed.engine_config(units, layout.n_ranks)
     if deployed.what.rank_memory is None or engine.kv_bytes:

@@ -68,7 +68,7 @@ def objects(
     """ConfigMap, LeaderWorkerSet and Service. Raises Fault for what `brigade up` would not run."""
     import yaml
 
-    from brigade.cli.explained import cannot_run
+    from brigade.cli.explained import cannot_run, is_fleet
     from brigade.spec.config import BadConfig, read_spec
     from brigade.spec.deploy import plain
 
@@ -79,6 +79,8 @@ def objects(
         raise Fault(str(e), 2) from e
     if problems:
         raise Fault(f"{deployed.file}: {problems[0]}", 2)
+    if is_fleet(d):
+        raise Fault(f"{deployed.file}: units: only one unit of role mixed can be written as Kubernetes objects", 2)
     if d.rank_memory is None:
         raise Fault(f"{deployed.file}: 'rank_memory' is missing; pods ask for memory by it, like rank_memory: 16GiB", 2)
     inside = in_pods(deployed, name)

@@ -28,6 +28,7 @@ from brigade.serve.config import ConfigError, ServeConfig
 from brigade.spec.layout import Host, Layout
 
 if TYPE_CHECKING:
+    from brigade.engine.fleet import FleetConfig
     from brigade.engine.messages import Loading
 
 DEMO_NAME = "brigade-demo"
@@ -154,7 +155,11 @@ def check_log_level(log_level: str) -> None:
 
 
 def start(
-    engine: EngineConfig, web: ServeConfig, log_level: str, hosts: HostsConfig | None = None, until_eof: bool = False
+    engine: "EngineConfig | FleetConfig",
+    web: ServeConfig,
+    log_level: str,
+    hosts: HostsConfig | None = None,
+    until_eof: bool = False,
 ) -> None:
     """Serve until a signal ends it, if the port is free. `web` has passed its check. Raises Fault."""
     # The server says the same when it binds, but only after a model has been loaded for nothing.
@@ -198,7 +203,9 @@ def served_name(model: str | None) -> str:
     return Path(model).resolve().name
 
 
-def run(engine_config: EngineConfig, web: ServeConfig, log_level: str, hosts: HostsConfig | None = None) -> None:
+def run(
+    engine_config: "EngineConfig | FleetConfig", web: ServeConfig, log_level: str, hosts: HostsConfig | None = None
+) -> None:
     """Load a model and serve it until a signal comes; over several hosts, wait for them first. Raises Fault."""
     import uvloop
 
@@ -218,9 +225,14 @@ def run(engine_config: EngineConfig, web: ServeConfig, log_level: str, hosts: Ho
 
 
 async def _load_and_serve(
-    engine_config: EngineConfig, web: ServeConfig, log_level: str, heard: list[int], hosts: HostsConfig | None
+    engine_config: "EngineConfig | FleetConfig",
+    web: ServeConfig,
+    log_level: str,
+    heard: list[int],
+    hosts: HostsConfig | None,
 ) -> None:
     from brigade.engine.client import Engine
+    from brigade.engine.fleet import Fleet, FleetConfig
     from brigade.serve.metrics import Metrics
     from brigade.serve.server import serve as serve_http
 
@@ -232,8 +244,13 @@ async def _load_and_serve(
 
     metrics = Metrics()
     _cancel_at_signals(heard)
-    with _loading(engine_config.model) as progress:
-        engine = await Engine.start(engine_config, progress=progress, observer=metrics, hosts=hosts)
+    engine: Engine | Fleet
+    if isinstance(engine_config, FleetConfig):
+        with _loading(engine_config.prefill[0].model) as progress:
+            engine = await Fleet.start(engine_config, progress=progress, observer=metrics)
+    else:
+        with _loading(engine_config.model) as progress:
+            engine = await Engine.start(engine_config, progress=progress, observer=metrics, hosts=hosts)
     try:
         if log_level in ("debug", "info"):
             for note in engine.ready.notes:

@@ -109,10 +109,10 @@ class Deadlines:
     """Seconds that a request may be in a state. Decoding begins anew with every token."""
 
     queued: float = 30.0
-    routed: float = 120.0
-    prefilling: float = 300.0
+    routed: float = 600.0
+    prefilling: float = 600.0
     transferring: float = 60.0
-    decoding: float = 120.0
+    decoding: float = 300.0
 
     def of(self, state: State) -> float | None:
         """None for an ended request."""

@@ -249,6 +249,9 @@ class Engine:
         """The unit's state after its last step or ping: sums over its ranks, but steps are those of the busiest."""
         return added(self._stats)
 
+    def handovers(self) -> None:
+        """A unit alone hands nothing over."""
+
     @property
     def up(self) -> bool:
         """Whether requests can be given to its ranks now."""

@@ -208,6 +208,10 @@ class Fleet:
         """The state of all units after their last steps or pings."""
         return added([engine.stats() for engine in self.engines])
 
+    def handovers(self) -> tuple[dict[str, int], Counter[str], float]:
+        """Requests by state, transfers by how they ended, and how long these took together."""
+        return self.states(), self.transfers, self.transfer_seconds
+
     def states(self) -> dict[str, int]:
         """How many requests are in each state of a hand-over."""
         n = Counter(flight.state for flight in self._flights.values())
@@ -250,6 +254,11 @@ class Fleet:
         engine, rank = pool.at[at]
         return RequestPart(flight, side, rid, engine, rank)
 
+    def lost(self, part: RequestPart) -> None:
+        """The rank of this part has lost its cache, or may have: it counts as having no prompt's beginning."""
+        pool = self._pools[part.side]
+        pool.router.lost(pool.at.index((part.engine, part.rank)))
+
     def left(self, part: RequestPart) -> None:
         self._pools[part.side].router.ended(part.rid)
 
@@ -278,3 +287,7 @@ class Fleet:
         """The generation has ended by itself; `tell_worker`: before its last token."""
         if tell_worker and (flight := self._flights.get(generation.rid)):
             flight.on(Event.LEFT)
+
+
+AnyEngine = Engine | Fleet
+"""What the server needs: something that answers requests."""

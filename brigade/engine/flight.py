@@ -32,7 +32,7 @@ class RequestPart:
         self.flight.on_token(token)
 
     def fail(self, error: EngineError) -> None:
-        self.flight.on_lost(self.side, error)
+        self.flight.on_lost(self, error)
 
     def hear(self, message: Reserved | Offered | Adopted | Gone) -> None:
         self.flight.on_message(message)
@@ -92,13 +92,13 @@ class Flight:
         elif self.state is State.DECODING:
             self._arm()
 
-    def on_lost(self, side: Side, error: EngineError) -> None:
+    def on_lost(self, part: RequestPart, error: EngineError) -> None:
+        self._error = error
         if isinstance(error, BadRequest):
-            self._error = error
             self.on(Event.REFUSED)
-        else:
-            self._error = error
-            self.on(Event.PREFILL_LOST if side == "prefill" else Event.DECODE_LOST)
+            return
+        self._fleet.lost(part)
+        self.on(Event.PREFILL_LOST if part.side == "prefill" else Event.DECODE_LOST)
 
     def on_message(self, message: Reserved | Offered | Adopted | Gone) -> None:
         match message:

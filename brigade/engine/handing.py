@@ -31,7 +31,7 @@ log = logging.getLogger("brigade.kv")
 
 LEASE = 120.0
 """Seconds that the pages of a computed prompt are held for whoever fetches it: longer than the gateway waits."""
-RESERVATION = 600.0
+RESERVATION = 900.0
 """Seconds that reserved pages wait for an Adopt: longer than the gateway waits for the prompt."""
 TRANSFER = 30.0
 """Seconds that the rows of one prompt may take."""

@@ -3,7 +3,7 @@
 Names follow vLLM's, with the prefix brigade_, so that dashboards need little change. Own registry, nothing global.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from brigade.engine.output import Timings
 
 if TYPE_CHECKING:
-    from brigade.engine.client import Engine
+    from brigade.engine.fleet import AnyEngine
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -93,7 +93,7 @@ class Metrics:
 
     # For the server
 
-    def watch(self, engine: "Engine") -> None:
+    def watch(self, engine: "AnyEngine") -> None:
         """Read this engine's state at every scrape. Call once."""
         self._registry.register(_EngineState(engine))
 
@@ -103,7 +103,7 @@ class Metrics:
 
 
 class _EngineState(Collector):
-    def __init__(self, engine: "Engine") -> None:
+    def __init__(self, engine: "AnyEngine") -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
@@ -116,6 +116,34 @@ class _EngineState(Collector):
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"brigade_{name}", text, value=value)
+        yield _by_label(
+            "brigade_kv_pages_held",
+            "Pages of the KV cache by who holds them: running requests, prompts that are coming from elsewhere, "
+            "computed prompts that wait to be fetched.",
+            "state",
+            {
+                "running": max(stats.pages_used - stats.pages_reserved - stats.pages_offered, 0),  # some are shared
+                "reserved": stats.pages_reserved,
+                "offered": stats.pages_offered,
+            },
+        )
+        if (fleet := self._engine.handovers()) is not None:
+            states, transfers, seconds = fleet
+            yield _by_label("brigade_handover_requests", "Requests by state of their hand-over.", "state", states)
+            fetched = CounterMetricFamily(
+                "brigade_kv_transfers", "Prompts that went to a decode rank, by how.", labels=["how"]
+            )
+            for how in ("fetched", "computed"):
+                fetched.add_metric([how], transfers[how])
+            yield fetched
+            yield CounterMetricFamily("brigade_kv_transfer_seconds", "Time that all transfers took.", value=seconds)
         # These start again from 0 with a new worker, which Prometheus' rate() understands.
         yield CounterMetricFamily("brigade_num_preemptions", "Requests preempted.", value=stats.n_preempted)
         yield CounterMetricFamily("brigade_steps", "Steps run.", value=stats.n_steps)
+
+
+def _by_label(name: str, text: str, label: str, values: Mapping[str, int]) -> GaugeMetricFamily:
+    gauge = GaugeMetricFamily(name, text, labels=[label])
+    for key, value in values.items():
+        gauge.add_metric([key], value)
+    return gauge

@@ -24,7 +24,7 @@ from brigade.serve.stream import EventStream
 from brigade.spec.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from brigade.engine.client import Engine
+    from brigade.engine.fleet import AnyEngine
 
 
 class Routes:
@@ -32,7 +32,7 @@ class Routes:
 
     def __init__(
         self,
-        engine: "Engine",
+        engine: "AnyEngine",
         config: ServeConfig,
         metrics: Metrics,
         life: Life,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from bench import limits, make_checkpoint, peers, ranks, rebalance, session
+from bench import interference, limits, make_checkpoint, peers, ranks, rebalance, session
 from bench.child import Child, ChildFailed, JobRefused
 from bench.engines.wire import Options, decoded
 from bench.limits import Limits
@@ -283,3 +284,19 @@ def test_experts_of_a_tiny_model_move_and_say_the_same(
     out = capsys.readouterr().out
     assert "| experts move |" in out
     assert "  1 tokens: counting" in out
+
+
+def test_kv_rows_are_measured_on_both_links() -> None:
+    command = [sys.executable, "-m", "bench.kv_link", "--tokens", "64", "--layers", "2", "--rounds", "1"]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["shared", "tcp"]
+
+
+def test_chats_beside_long_prompts_are_measured_on_both_deployments(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--chats", "1", "--prompt", "64", "--every", "0.3", "--seconds", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["bench.interference", str(tiny), *arguments])
+    assert interference.main() == 0
+    out = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["mixed", "apart"]

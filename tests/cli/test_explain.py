@@ -42,7 +42,7 @@ def test_every_example_is_explained(file: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert {f.stem for f in EXAMPLES} == {"one_box", "two_hosts", "deepseek_22_nodes"}
+    assert {f.stem for f in EXAMPLES} == {"one_box", "prefill_decode", "two_hosts", "deepseek_22_nodes"}
 
 
 def test_the_reference_deployment_has_the_published_shape() -> None:
@@ -114,8 +114,12 @@ def test_ports_and_who_may_use_them() -> None:
     ("data", "note"),
     [
         (
-            {"units": [{"role": "prefill"}, {"role": "decode"}]},
-            "units: 1 prefill, 1 decode; this version runs one",
+            {"units": [{"role": "prefill"}, {"role": "mixed"}]},
+            "units: 1 prefill, 1 mixed; this version runs one",
+        ),
+        (
+            {"secret_file": "s", "units": [{"role": "prefill", "hosts": ["10.0.0.1"]}, {"role": "decode"}]},
+            "this version runs prefill and decode units on one machine",
         ),
         ({"units": [{"role": "mixed", "count": 2}]}, "units: 2 mixed; this version runs one unit"),
         ({"units": [{"role": "mixed", "redundant_experts": 4}]}, "they are copies on other ranks, and there is one"),

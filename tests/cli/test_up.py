@@ -52,6 +52,32 @@ def test_the_file_is_served(tmp_path: Path) -> None:
     assert code == 0
 
 
+def test_a_fleet_is_served_and_its_hand_overs_are_in_the_metrics(tmp_path: Path) -> None:
+    file = written(
+        tmp_path,
+        "listen: 127.0.0.1:0\nlimits: {kv_memory: 16MiB, max_context: 256}\nunits: [{role: prefill}, {role: decode}]\n",
+    )
+    command = [sys.executable, "-m", "brigade", "up", str(file), "--log-level", "warning"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().removeprefix("Brigade is ready at ").strip()
+        body = json.dumps({"model": "brigade-demo", "prompt": "Once upon a time", "max_tokens": 4}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 4
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+            metrics = answer.read().decode()
+        assert 'brigade_kv_transfers_total{how="fetched"} 1.0' in metrics
+        assert 'brigade_handover_requests{state="transferring"} 0.0' in metrics
+        assert 'brigade_kv_pages_held{state="offered"}' in metrics
+    finally:
+        server.send_signal(signal.SIGINT)
+        code = server.wait(30)
+        server.stdout.close()  # type: ignore[union-attr]
+    assert code == 0
+
+
 def test_a_unit_on_two_hosts_is_started_from_the_same_file(tmp_path: Path) -> None:
     """Loopback has many addresses, so one machine can be two hosts."""
     (tmp_path / "hosts").write_text("a secret of more than sixteen bytes\n")
@@ -102,7 +128,7 @@ def test_a_ranks_memory_bounds_its_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("units: [{role: prefill}, {role: decode}]", "this version runs one unit of role mixed"),
+        ("units: [{role: prefill}]", "this version runs one unit of role mixed, or units of roles prefill and decode"),
         ("units: [{role: mixed, ranks_per_host: 64}]", "64 ranks, but the model has 32 routed experts a layer"),
         ("model: none", "none/config.json"),
         ("limits: {max_running: 600}", "max_step_tokens must be at least max_running"),

@@ -150,6 +150,8 @@ class FakeEngine:
     def stats(self) -> Stats:
         return Stats(n_steps=7, running=len(self.running), waiting=3, pages_used=10, n_preempted=2)
 
+    def handovers(self) -> None: ...
+
     def drain(self) -> None:
         self.draining = True
 

@@ -1,0 +1,99 @@
+"""Ranks of a fleet are killed and clients leave in every state of a hand-over: text stays, pages come back."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from brigade.core.handover import Deadlines
+from brigade.engine.fleet import Fleet
+from brigade.engine.generation import Generation
+from brigade.engine.output import Unavailable
+from tests.engine.asking import until
+from tests.engine.test_fleet import LONG, all_pages_are_back, config, pids, running, said, some_prompts
+from tests.engine.test_fleet import alone as alone
+
+Says = dict[tuple[int, ...], list[list[int]]]
+STATES = ["routed", "prefilling", "transferring", "decoding"]
+
+
+async def brought_to(fleet: Fleet, state: str, prompt: list[int]) -> tuple[Generation, list[int]]:
+    """A generation in this state, and the processes that are stopped so that it stays there."""
+    prefill, decode = pids(fleet, "prefill")[0], pids(fleet, "decode")[0]
+    stopped = {"routed": [decode], "prefilling": [prefill], "transferring": [prefill], "decoding": []}[state]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    generation = await fleet.submit(prompt, LONG)
+    if state == "transferring":
+        assert await until(lambda: fleet.states()["prefilling"] == 1, 5)
+        os.kill(decode, signal.SIGSTOP)
+        os.kill(prefill, signal.SIGCONT)
+        stopped = [decode]
+    assert await until(lambda: fleet.states()[state] == 1, 5), fleet.states()
+    return generation, stopped
+
+
+def resume(stopped: list[int]) -> None:
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_a_client_that_leaves_in_any_state_leaves_nothing_behind() -> None:
+    async with running(config()) as fleet:
+        for state in STATES:
+            generation, stopped = await brought_to(fleet, state, some_prompts(9)[2])
+            generation.cancel()
+            assert sum(fleet.states().values()) == 0
+            resume(stopped)
+            assert await all_pages_are_back(fleet), state
+        assert fleet.stats().pages_offered == fleet.stats().pages_reserved == 0
+
+
+@pytest.mark.parametrize(("link", "how"), [("shared", "fetched"), ("tcp", "computed")])
+async def test_a_prefill_rank_that_is_killed_while_its_pages_are_fetched(alone: Says, link: str, how: str) -> None:
+    """Its memory outlives it on one host; over TCP the decode rank computes the prompt itself."""
+    prompt = some_prompts(9)[2]
+    async with running(config(link=link)) as fleet:
+        generation, stopped = await brought_to(fleet, "transferring", prompt)
+        os.kill(pids(fleet, "prefill")[0], signal.SIGKILL)
+        assert await until(lambda: not fleet.health().ready, 5)
+        resume(stopped)
+        assert await asyncio.wait_for(said(generation), 30) == alone[tuple(prompt)][1]
+        assert dict(fleet.transfers) == {how: 1}
+        assert await until(lambda: fleet.health().ready, 20)
+        assert await all_pages_are_back(fleet)
+
+
+@pytest.mark.parametrize("state", STATES)
+async def test_a_decode_rank_that_is_killed_in_any_state(alone: Says, state: str) -> None:
+    prompt = some_prompts(9)[2]
+    async with running(config()) as fleet:
+        generation, stopped = await brought_to(fleet, state, prompt)
+        os.kill(pids(fleet, "decode")[0], signal.SIGKILL)
+        resume([pid for pid in stopped if pid in pids(fleet, "prefill")])
+        assert await asyncio.wait_for(said(generation), 30) == alone[tuple(prompt)][1]
+        assert await all_pages_are_back(fleet)
+
+
+async def test_everything_is_killed_at_once(alone: Says) -> None:
+    prompts = some_prompts(9)
+    async with running(config()) as fleet:
+        answers = [asyncio.create_task(said(await fleet.submit(p, LONG))) for p in prompts]
+        assert await until(lambda: fleet.states()["decoding"] >= 3, 10)
+        for pid in pids(fleet, "prefill") + pids(fleet, "decode"):
+            os.kill(pid, signal.SIGKILL)
+        got = await asyncio.wait_for(asyncio.gather(*answers), 60)
+        assert got == [alone[tuple(p)][1] for p in prompts]
+        assert await all_pages_are_back(fleet)
+
+
+async def test_no_state_lasts_longer_than_its_deadline() -> None:
+    short = Deadlines(queued=1, routed=0.5, prefilling=0.5, transferring=0.5, decoding=5)
+    async with running(config(deadlines=short)) as fleet:
+        for state in ("routed", "prefilling"):
+            generation, stopped = await brought_to(fleet, state, some_prompts(9)[2])
+            with pytest.raises(Unavailable, match=f"was {state} for longer than 0.5 s"):
+                await asyncio.wait_for(said(generation), 3)
+            resume(stopped)
+            assert await all_pages_are_back(fleet)
