@@ -11,7 +11,9 @@ best number of each list. A faster kernel raises the limit by being added to a l
 
 import argparse
 import ctypes
+import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +31,10 @@ SECONDS = 1.0
 
 # Each thread reads its share of a buffer far larger than the caches; a window is a few milliseconds of reading.
 READER = r"""
+#include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -83,6 +88,45 @@ extern "C" double read_gbs(int n_threads, double budget) {
     munmap(at, total);
     return sink.load() ? best : 0;
 }
+
+static void stay_on(int cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+}
+
+// Nanoseconds of a cache line from one CPU to another: two threads pass it to and fro; the median of many windows.
+extern "C" double cache_line_ns(int cpu, int other_cpu, double budget) {
+    constexpr int trips = 1000;
+    alignas(64) static std::atomic<int> turn;
+    turn = 0;
+    std::vector<double> windows;
+    std::thread other([&] {
+        stay_on(other_cpu);
+        for (int t; (t = turn.load()) >= 0;)
+            if (t == 1) turn.store(0);
+    });
+    std::thread one([&] {
+        stay_on(cpu);
+        auto there_and_back = [] {
+            turn.store(1);
+            while (turn.load() != 0) {}
+        };
+        there_and_back();
+        for (double begin = seconds(), now = begin; now < begin + budget;) {
+            for (int i = 0; i < trips; ++i) there_and_back();
+            double then = now;
+            now = seconds();
+            windows.push_back((now - then) / (2 * trips) * 1e9);
+        }
+        turn.store(-1);
+    });
+    one.join();
+    other.join();
+    std::nth_element(windows.begin(), windows.begin() + windows.size() / 2, windows.end());
+    return windows[windows.size() / 2];
+}
 """
 
 
@@ -97,6 +141,9 @@ class Limits:
     int8_gops: float
     sources: dict[str, str]
     """Which probe gave each number."""
+    cache_line_ns: float | None = None
+    """From one core to another. No limit, but it says where a hypervisor has put two virtual cores: below 60 or so they
+    share a third-level cache, above 100 they do not, and then read bandwidth and the cost of every hand-over differ."""
 
     def gops(self, precision: str) -> float:
         """The rate at which a precision multiplies: int4 weights are widened and multiplied as int8."""
@@ -105,17 +152,35 @@ class Limits:
 
 def compiled_read(threads: int) -> float | None:
     """GB/s by a small C++ program. None without a compiler."""
+    library = _library()
+    if library is None:
+        return None
+    library.read_gbs.argtypes, library.read_gbs.restype = (ctypes.c_int, ctypes.c_double), ctypes.c_double
+    return float(library.read_gbs(threads, SECONDS)) or None
+
+
+def cache_line_ns() -> float | None:
+    """From the first CPU that this process may use to the second, now. None without a compiler or with one CPU."""
+    library, cpus = _library(), sorted(os.sched_getaffinity(0))
+    if library is None or len(cpus) < 2:
+        return None
+    function = library.cache_line_ns
+    function.argtypes, function.restype = (ctypes.c_int, ctypes.c_int, ctypes.c_double), ctypes.c_double
+    return float(function(*cpus[:2], SECONDS / 4))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The C++ above, compiled. None without a compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None
     with tempfile.TemporaryDirectory(prefix="brigade-limits-") as folder:
         source, library = Path(folder) / "read.cpp", Path(folder) / "read.so"
-        source.write_text("#include <algorithm>\n" + READER)
+        source.write_text(READER)
         flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
         subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True, capture_output=True)
-        read = ctypes.CDLL(str(library)).read_gbs
-        read.argtypes, read.restype = (ctypes.c_int, ctypes.c_double), ctypes.c_double
-        return float(read(threads, SECONDS)) or None
+        return ctypes.CDLL(str(library))
 
 
 def torch_read(threads: int) -> float | None:
@@ -165,6 +230,7 @@ def measure(
         bf16_gflops=best["bf16"][0],
         int8_gops=best["int8"][0],
         sources={kind: source for kind, (_, source) in best.items()},
+        cache_line_ns=cache_line_ns(),
     )
 
 

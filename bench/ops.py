@@ -212,6 +212,8 @@ def table(lines: list[Line], limits: Limits, kind: Kind) -> Table:
         f"{kind}, {limits.threads} thread(s); limits now: {limits.read_gbs:.1f} GB/s, "
         f"{limits.bf16_gflops:.0f} GFLOP/s bf16, {limits.int8_gops:.0f} Gop/s int8"
     )
+    if limits.cache_line_ns is not None:
+        title += f"; a cache line in {limits.cache_line_ns:.0f} ns"
     out = Table(title=title)
     for name in ("op", "case", "measured us", "limit us", "of the limit", "GB/s", "Gop/s"):
         out.add_column(name, justify="left" if name in ("op", "case") else "right")

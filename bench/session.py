@@ -95,6 +95,7 @@ class Session:
         """The machine's limits over the whole session."""
         return replace(
             self.limits[0],
+            cache_line_ns=None,
             read_gbs=statistics.median(x.read_gbs for x in self.limits),
             bf16_gflops=statistics.median(x.bf16_gflops for x in self.limits),
             int8_gops=statistics.median(x.int8_gops for x in self.limits),

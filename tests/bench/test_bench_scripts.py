@@ -103,6 +103,15 @@ class TestLimits:
         with pytest.raises(RuntimeError, match="no way to measure int8"):
             limits.measure(1, read=(slow,), bf16=(slow,), int8=(absent,))
 
+    def test_say_how_far_apart_two_cores_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without a compiler or a second CPU nothing is said; where something is, no line is faster than light."""
+        found = limits.cache_line_ns()
+        assert found is None or 1 < found < 1e6
+        limits._library.cache_clear()
+        monkeypatch.setattr(limits.shutil, "which", lambda name: None)
+        assert limits.cache_line_ns() is None
+        limits._library.cache_clear()
+
     def test_of_decoding_alone_is_bandwidth_over_active_bytes_and_cache(self, tiny: Path) -> None:
         spec = read_spec(tiny)
         gates = sum(op.n_bytes / 2 for op in decode_ops(spec, "bf16", 1, 0) if op.name.endswith("mlp.gate.weight"))
