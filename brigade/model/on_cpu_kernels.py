@@ -5,6 +5,7 @@ else is in the batch, so no schedule changes the text.
 """
 
 import ctypes
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,13 @@ from torch import Tensor
 
 from brigade.kernels.cpu import structs
 from brigade.kernels.cpu.layers import (
+    Each,
     FeedForward,
     GqaLayer,
     Head,
     Kernels,
     MlaLayer,
     Place,
-    Read,
     has_expanded_form,
     padded,
 )
@@ -31,23 +32,36 @@ from brigade.model.spread import Spread
 from brigade.spec.model import Mla, ModelSpec
 
 
-class CpuModel:
-    """The model on one rank. Reads its weights layer by layer; each layer's originals are dropped once it is packed."""
+class ReadWeights(Protocol):
+    """A checkpoint's reader."""
 
-    def __init__(self, spec: ModelSpec, read: Read, kernels: Kernels, kind: Kind) -> None:
+    def __call__(self, name: str) -> Tensor:
+        """The weights of this name."""
+
+    def experts(self, name: str) -> Each:
+        """The experts of a stacked parameter, one after the other."""
+
+
+class CpuModel:
+    """The model on one rank. Reads its weights piece by piece; each piece's originals are dropped once it is packed, so
+    that loading takes little more memory than what stays: those of a projection or of one expert."""
+
+    def __init__(self, spec: ModelSpec, read: ReadWeights, kernels: Kernels, kind: Kind) -> None:
         self.spec, self.kernels, a = spec, kernels, spec.attention
         self.embed = read("model.embed_tokens.weight")
+        # The head first: its original, the largest of all, is gone before there is much else.
+        head = None if spec.tied_head else read("lm_head.weight")
+        self.head = Head(kernels, spec, read, self.embed if head is None else head, kind)
+        del head
         attention = MlaLayer if isinstance(a, Mla) else GqaLayer
         scale = rotary.score_scale(spec.rope, a.qk if isinstance(a, Mla) else a.head_dim)
         self.layers = [
             (
                 attention(kernels, spec, read, f"model.layers.{i}", scale, kind),
-                FeedForward(kernels, spec, read, i, kind),
+                FeedForward(kernels, spec, read, i, kind, read.experts),
             )
             for i in range(spec.n_layers)
         ]
-        head = self.embed if spec.tied_head else read("lm_head.weight")
-        self.head = Head(kernels, spec, read, head, kind)
         self.two_forms = has_expanded_form(a)
         """Whether a prompt's rows are computed in another way than an answer's, so that they differ by a rounding."""
         self.spread = Spread(spec) if spec.moe else None

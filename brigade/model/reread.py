@@ -4,31 +4,18 @@ Files are read, not mapped: a mapped file that somebody cuts short kills the pro
 not the one the model was loaded from is refused, since its weights would change the text.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from brigade.model.weights import FP8, SCALE, BadCheckpoint, Checkpoint, dequantize
+from brigade.model.stored import FP8, BadCheckpoint, Stored, stored_in
+from brigade.model.weights import SCALE, Checkpoint, dequantize
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}
 PARTS = ("gate", "up", "down")
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a tensor's bytes are."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class ExpertFiles:
@@ -42,13 +29,8 @@ class ExpertFiles:
         for path in checkpoint.files():
             with path.open("rb") as file:
                 self._was[path] = _identity(file.fileno())
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-            for name, entry in header.items():
-                if ".experts." not in name:
-                    continue
-                begin, end = (8 + size + at for at in entry["data_offsets"])
-                self._where[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), begin, end)
+                stored = stored_in(path, file.fileno())
+            self._where |= {name: at for name, at in stored.items() if ".experts." in name}
 
     def read(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """(gate_FD, up_FD, down_DF) of a model layer's expert, as the loader gives them. Raises BadCheckpoint."""
@@ -67,20 +49,8 @@ class ExpertFiles:
         return out
 
     def _tensor(self, stored: Stored) -> Tensor:
-        n = stored.end - stored.begin
-        raw = torch.empty(n, dtype=torch.uint8)
-        room = raw.numpy().data
         with self._opened(stored.path) as fd:
-            done = 0
-            while done < n:
-                try:
-                    got = os.preadv(fd, [room[done:]], stored.begin + done)
-                except OSError as e:
-                    raise BadCheckpoint(f"{stored.path}: cannot be read again ({e.strerror})") from e
-                if not got:
-                    raise BadCheckpoint(f"{stored.path}: was cut short while the model was being served")
-                done += got
-        return raw.view(DTYPES[stored.dtype]).view(stored.shape)
+            return stored.read(fd)
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[int]:

@@ -1,30 +1,28 @@
-"""Reads a checkpoint's tensors: safetensors files, memory-mapped, checked against the table of parameters first.
+"""Reads a checkpoint's tensors: safetensors files, checked against the table of parameters first.
 
-Only what a rank holds is read. FP8 block-scaled weights are dequantised on the way. Never pickle, never code.
+Only what a rank holds is read, and experts one by one where that is asked for. FP8 block-scaled weights are dequantised
+on the way. Never pickle, never code.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from brigade.spec.config import BadConfig, read_json
+from brigade.model.stored import FP8, BadCheckpoint, Stored, stored_in
+from brigade.spec.config import read_json
 from brigade.spec.model import ModelSpec
 from brigade.spec.params import Param, params
 
 PLAIN_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
-FP8 = "F8_E4M3"
 SCALE = "_scale_inv"
 WITHOUT_EFFECT = (".rotary_emb.inv_freq",)
 """Tensors that old exporters wrote and that are computed here."""
-
-
-class BadCheckpoint(BadConfig):
-    """Tensor files that cannot be served. The message names the file and says what to do."""
 
 
 class Checkpoint:
@@ -39,12 +37,15 @@ class Checkpoint:
         self.spec, self.experts = spec, experts
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
+        self._stored: dict[str, Stored] = {}
         for path in _tensor_files(folder):
             self._open[path] = _opened(path)
             for name in self._open[path].keys():  # noqa: SIM118 - not a dict
                 if name in self._file_of:
                     raise BadCheckpoint(f"{path}: tensor '{name}' is also in {self._file_of[name]}; keep one")
                 self._file_of[name] = path
+            with path.open("rb") as file:
+                self._stored |= stored_in(path, file.fileno())
         self.folder = folder
         self.params = list(params(spec))
         self._check()
@@ -57,26 +58,9 @@ class Checkpoint:
         """Bytes that load() will read."""
         return sum(self._bytes_of(p) for p in self.params)
 
-    def reader(self, dtype: torch.dtype, progress: Callable[[int], None] = lambda n: None) -> Callable[[str], Tensor]:
-        """A function that reads the parameter of a name as `dtype`, experts stacked, when it is called.
-
-        `progress` hears the bytes read so far. Raises BadCheckpoint and MemoryError.
-        """
-        by_name, done = {p.name: p for p in self.params}, 0
-
-        def read(name: str) -> Tensor:
-            nonlocal done
-            p = by_name[name]
-            mine = self._mine(p)
-            out = _room(p, dtype, len(mine))
-            each = self._bytes_of(p) // len(mine)
-            for tensor, part in zip(mine, out if p.per_expert else [out], strict=True):
-                self._copy(tensor, part)
-                done += each
-                progress(done)
-            return out
-
-        return read
+    def reader(self, dtype: torch.dtype, progress: Callable[[int], None] = lambda n: None) -> "Reader":
+        """What reads the parameter of a name as `dtype` when it is called. `progress` hears the bytes read so far."""
+        return Reader(self, dtype, progress)
 
     def load(self, dtype: torch.dtype, progress: Callable[[int], None] = lambda n: None) -> dict[str, Tensor]:
         """Every parameter by name."""
@@ -92,16 +76,16 @@ class Checkpoint:
         return [names[e] for e in self.experts[layer]]
 
     def _copy(self, name: str, out: Tensor) -> None:
-        file = self._open[self._file_of[name]]
-        try:
-            tensor = file.get_tensor(name)
-            if self._dtype(name) != FP8:
-                out.copy_(tensor)
-                return
-            scale = self._open[self._file_of[name + SCALE]].get_tensor(name + SCALE)
-        except (SafetensorError, OSError) as e:
-            raise BadCheckpoint(f"{self._file_of[name]}: tensor '{name}' cannot be read ({e}); copy it again") from e
-        dequantize(tensor, scale, self._block(), out)
+        """Raises BadCheckpoint."""
+        if self._dtype(name) != FP8:
+            with _reading(self._file_of[name]) as file:
+                self._stored[name].read_into(file.fileno(), out)
+            return
+        dequantize(self._tensor(name), self._tensor(name + SCALE), self._block(), out)
+
+    def _tensor(self, name: str) -> Tensor:
+        with _reading(self._file_of[name]) as file:
+            return self._stored[name].read(file.fileno())
 
     def _block(self) -> tuple[int, int]:
         if self.spec.block_scale is None:
@@ -171,6 +155,57 @@ class Checkpoint:
         return self.spec.n_layers <= int(parts[2]) < self.spec.n_layers + self.spec.n_mtp
 
 
+class Reader:
+    """Reads parameters as one type, and remembers how far it is. Every read raises BadCheckpoint and MemoryError."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, progress: Callable[[int], None]) -> None:
+        self._checkpoint, self._dtype, self._progress = checkpoint, dtype, progress
+        self._by_name = {p.name: p for p in checkpoint.params}
+        self._done = 0
+
+    def __call__(self, name: str) -> Tensor:
+        """The parameter of this name, experts stacked."""
+        p, mine, each = self._stored(name)
+        out = _room(p, self._dtype, len(mine))
+        for tensor, part in zip(mine, out if p.per_expert else [out], strict=True):
+            self._read(tensor, each, part)
+        return out
+
+    def experts(self, name: str) -> "Experts":
+        """The experts of a stacked parameter, each read when its turn comes."""
+        return Experts(self, *self._stored(name))
+
+    def _stored(self, name: str) -> tuple[Param, list[str], int]:
+        """A parameter, the checkpoint's tensors of it that are read, and the bytes of each."""
+        p = self._by_name[name]
+        mine = self._checkpoint._mine(p)
+        return p, mine, self._checkpoint._bytes_of(p) // len(mine)
+
+    def _read(self, tensor: str, n_bytes: int, out: Tensor) -> None:
+        self._checkpoint._copy(tensor, out)
+        self._done += n_bytes
+        self._progress(self._done)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts of one parameter that come one by one, so that they need not be in memory all at once."""
+
+    _reader: Reader
+    _param: Param
+    _names: list[str]
+    _each: int
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for name in self._names:
+            [out] = _room(self._param, self._reader._dtype, 1)
+            self._reader._read(name, self._each, out)
+            yield out
+
+
 def _room(p: Param, dtype: torch.dtype, n: int) -> Tensor:
     """Memory for a parameter, or for n experts of one that is stacked."""
     shape = (n, *p.shape[1:]) if p.per_expert else p.shape
@@ -212,6 +247,13 @@ def _tensor_files(folder: Path) -> Iterable[Path]:
         if not (folder / name).exists():
             raise BadCheckpoint(f"{folder / name}: this shard is missing; copy it beside the index")
     return [folder / name for name in names]
+
+
+def _reading(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as e:
+        raise BadCheckpoint(f"{path}: cannot be opened ({e.strerror}); copy it again") from e
 
 
 def _opened(path: Path) -> Any:

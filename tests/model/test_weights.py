@@ -1,6 +1,7 @@
 """Reading checkpoints: every number arrives exactly, and every fault is named before anything is served."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from brigade.model.stored import Stored
 from brigade.model.weights import BadCheckpoint, Checkpoint, dequantize
 from brigade.spec.config import spec_from
 from brigade.spec.model import ModelSpec
@@ -177,18 +179,12 @@ def test_only_tensors_of_the_model_are_read(tmp_path: Path) -> None:
     checkpoint = Checkpoint(single(tmp_path, {**content, **extra}), spec)
     read: list[str] = []
 
-    class Spy:
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def get_tensor(self, name: str) -> Tensor:
+    class Spy(dict[str, Stored]):
+        def __getitem__(self, name: str) -> Stored:
             read.append(name)
-            return self.file.get_tensor(name)
+            return super().__getitem__(name)
 
-        def get_slice(self, name: str) -> Any:
-            return self.file.get_slice(name)
-
-    checkpoint._open = {path: Spy(file) for path, file in checkpoint._open.items()}
+    checkpoint._stored = Spy(checkpoint._stored)
     checkpoint.load(torch.float32)
     assert sorted(read) == sorted(content)
 
@@ -377,6 +373,28 @@ def test_what_was_loaded_does_not_change_with_the_file(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("r+b") as f:
         f.write(bytes(len(data)))
     assert same(got, before)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32", "fp8"])
+def test_experts_that_are_read_one_by_one_are_those_that_are_read_stacked(tmp_path: Path, stored: str) -> None:
+    spec = spec_from(MOE | {"quantization_config": FP8} if stored == "fp8" else MOE)
+    content = tensors(spec, torch.float32 if stored == "fp8" else getattr(torch, stored))
+    single(tmp_path, fp8(content, spec) if stored == "fp8" else content)
+    checkpoint, name, heard = Checkpoint(tmp_path, spec, [[3, 0, 3]]), "model.layers.1.mlp.experts.*.up_proj.weight", []
+    experts = checkpoint.reader(torch.bfloat16, heard.append).experts(name)
+    assert len(experts) == 3
+    assert not heard, "nothing is read before its turn"
+    assert torch.equal(torch.stack(list(experts)), checkpoint.reader(torch.bfloat16)(name))
+    assert len(heard) == 3
+    assert heard[0] > 0
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    spec = spec_from(DENSE)
+    checkpoint = Checkpoint(single(tmp_path, tensors(spec)), spec)
+    os.truncate(tmp_path / "model.safetensors", 3000)
+    with pytest.raises(BadCheckpoint, match=r"model\.safetensors: was cut short"):
+        checkpoint.load(torch.float32)
 
 
 def test_only_the_experts_of_own_slots_are_read_in_their_order_and_as_often(tmp_path: Path) -> None:

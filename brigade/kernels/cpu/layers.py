@@ -2,21 +2,33 @@
 
 The residual stream is float32 [tokens, stride], padded with zeros to a multiple of 64 numbers; layers add to it in
 place. Weights come as torch tensors, under the names of the checkpoint, from a function that reads one when it is asked
-for, so that a layer's originals are gone before the next layer is read.
+for, and experts one by one, so that an original is gone before much else is read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from brigade.kernels.cpu import structs
-from brigade.kernels.cpu.packed import GROUP, Kind, Packed, pack, repack
+from brigade.kernels.cpu.packed import GROUP, Kind, LargePages, Packed, pack, repack, room
 from brigade.spec.model import Gqa, Mla, ModelSpec, Moe
 
 Read = Callable[[str], Tensor]
+"""The weights of a name. A name with a `*` is that of all experts, stacked."""
+
+
+class Each(Protocol):
+    """Experts one after the other: a stacked tensor, or what reads them one at a time."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
+ReadEach = Callable[[str], Each]
+PARTS = ("gate", "up", "down")
 MOST_LATENT = 1 << 14
 MOST_GROUPS = 1 << 10
 LATENT_NORM_EPS = 1e-6
@@ -39,9 +51,14 @@ class Kernels:
     def __init__(self, path: Path, n_threads: int) -> None:
         self.library = structs.open_library(path)
         self.pool = self.library.pool_new(n_threads)
+        self._memory = LargePages()
 
     def pack(self, weights: list[Tensor], kind: Kind, paired: bool = False) -> Packed:
-        return pack(self.library, weights, kind, paired)
+        return pack(self.library, weights, kind, paired, self._memory)
+
+    def room(self, n: int, outs: int, ins: int, kind: Kind, paired: bool = False) -> Packed:
+        """Memory for n matrices [outs, ins], with anything in it."""
+        return room(n, outs, ins, kind, paired, self._memory)
 
 
 def has_expanded_form(a: Mla | Gqa) -> bool:
@@ -157,7 +174,10 @@ class FeedForward:
     all ranks, then add_routed and add_shared, which add what one call of the whole layer adds, in the same order.
     """
 
-    def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, layer: int, kind: Kind) -> None:
+    def __init__(
+        self, kernels: Kernels, spec: ModelSpec, read: Read, layer: int, kind: Kind, read_each: ReadEach | None = None
+    ) -> None:
+        """`read_each`: reads experts one by one; None: `read` gives them stacked."""
         self._kernels, self._dim, self._eps = kernels, spec.dim, spec.norm_eps
         at = f"model.layers.{layer}"
         self._norm = read(f"{at}.post_attention_layernorm.weight").float()
@@ -166,12 +186,15 @@ class FeedForward:
         self._n_fixed = (moe.n_shared if moe else 1) or 0
         self.top_k = moe.top_k if moe else 0
         self._k = self.top_k + self._n_fixed
-        gate_up, down = _experts(moe, spec, read, f"{at}.mlp")
-        self.n_experts = len(down)
+        originals = _Experts(moe, spec, read, read_each or read, f"{at}.mlp")
+        self.n_experts = n = len(originals)
         self._kind: Kind = kind
-        all_gate_up, all_down = kernels.pack(gate_up, kind, paired=True), kernels.pack(down, kind)
+        all_gate_up = kernels.room(n, 2 * originals.ffn, spec.dim, kind, paired=True)
+        all_down = kernels.room(n, spec.dim, originals.ffn, kind)
         self._gate_up, self._down = all_gate_up.each, all_down.each
-        self._places = [Place(all_gate_up.one(i), all_down.one(i)) for i in range(self.n_experts)]
+        self._places = [Place(all_gate_up.one(i), all_down.one(i)) for i in range(n)]
+        for place, original in zip(self._places, originals, strict=True):
+            self._fill(place, *original)
         self._ids_K = torch.arange(self.n_experts - self._k, self.n_experts, dtype=torch.int32)
         self._weights_K = torch.ones(self._k)
         """What a row's ids and weights are before the gate chooses: the last ones are the shared experts'."""
@@ -196,14 +219,15 @@ class FeedForward:
 
     def stage(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, spare: Place | None) -> Place:
         """An expert in a place of its own, a `spare` one if there is one. From any thread, beside a running step."""
-        gate_up = torch.cat([gate_FD, up_FD])
         if spare is None:
-            library, kind = self._kernels.library, self._kind
-            packed = pack(library, [gate_up], kind, paired=True, alone=True)
-            return Place(packed, pack(library, [down_DF], kind, alone=True))
-        repack(self._kernels.library, [gate_up], spare.gate_up)
-        repack(self._kernels.library, [down_DF], spare.down)
+            (outs, ins), kind = gate_FD.shape, self._kind
+            spare = Place(room(1, 2 * outs, ins, kind, paired=True), room(1, ins, outs, kind))
+        self._fill(spare, gate_FD, up_FD, down_DF)
         return spare
+
+    def _fill(self, place: Place, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
+        repack(self._kernels.library, [torch.cat([gate_FD, up_FD])], place.gate_up)
+        repack(self._kernels.library, [down_DF], place.down)
 
     def swap(self, slot: int, place: Place) -> Place:
         """From now on this routed expert is what `place` holds; returns where the old one is. Between two calls."""
@@ -274,15 +298,20 @@ class Head:
         return logits
 
 
-def _experts(moe: Moe | None, spec: ModelSpec, read: Read, at: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Gate and up stacked [2 F, D], and down [D, F], of every expert: routed ones, then shared ones."""
-    if moe is None:
-        gate, up, down = (read(f"{at}.{name}_proj.weight") for name in ("gate", "up", "down"))
-        return [torch.cat([gate, up])], [down]
-    gate, up, down = (read(f"{at}.experts.*.{name}_proj.weight") for name in ("gate", "up", "down"))
-    gate_up, downs = [torch.cat(pair) for pair in zip(gate, up, strict=True)], list(down)
-    if moe.n_shared:
-        gate, up, down = (read(f"{at}.shared_experts.{name}_proj.weight") for name in ("gate", "up", "down"))
-        gate_up += [torch.cat(pair) for pair in zip(gate.split(moe.ffn), up.split(moe.ffn), strict=True)]
-        downs += [part.contiguous() for part in down.split(moe.ffn, dim=1)]
-    return gate_up, downs
+class _Experts:
+    """Originals of one layer's experts one after the other, routed ones first: gate and up [F, D], down [D, F]."""
+
+    def __init__(self, moe: Moe | None, spec: ModelSpec, read: Read, read_each: ReadEach, at: str) -> None:
+        self.ffn = moe.ffn if moe else spec.ffn
+        self._n_fixed = (moe.n_shared if moe else 1) or 0
+        self._routed = [read_each(f"{at}.experts.*.{part}_proj.weight") for part in PARTS] if moe else []
+        self._read, self._fixed_at = read, f"{at}.shared_experts" if moe else at
+
+    def __len__(self) -> int:
+        return (len(self._routed[0]) if self._routed else 0) + self._n_fixed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield from zip(*self._routed, strict=True)
+        if self._n_fixed:
+            gate, up, down = (self._read(f"{self._fixed_at}.{part}_proj.weight") for part in PARTS)
+            yield from zip(gate.split(self.ffn), up.split(self.ffn), down.split(self.ffn, dim=1), strict=True)

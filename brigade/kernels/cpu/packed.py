@@ -20,6 +20,8 @@ BLOCK = 32
 """Inputs that share a scale in int4."""
 BLOCK_BYTES = BLOCK // 8 * STEP + 2 * GROUP
 LARGE_PAGE = 1 << 21
+AREA = 32 << 20
+"""Bytes that small pieces share."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,46 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in self.memory)
 
 
-def pack(
-    library: ctypes.CDLL, weights: Sequence[Tensor], kind: Kind, paired: bool = False, *, alone: bool = False
-) -> Packed:
-    """Pack matrices [outs, ins] for the tiles. `paired`: the first half of the rows is the gate, the second is up.
+class LargePages:
+    """Memory on 2 MB pages for many pieces. They lie in common areas, since the system gives only whole pages."""
 
-    int4 is for experts: no linear layer multiplies it. `alone`: these are one of many small pieces of memory, which
-    must not take a large page each.
-    """
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, n_bytes: int) -> Tensor:
+        """Memory that is freed with the last piece of its area."""
+        if n_bytes > AREA // 2:
+            return large_pages(n_bytes)
+        if n_bytes > len(self._rest):
+            self._rest = large_pages(AREA)
+        out, self._rest = self._rest[:n_bytes], self._rest[_ceil(n_bytes, GROUP) * GROUP :]
+        return out
+
+
+def pack(
+    library: ctypes.CDLL, weights: Sequence[Tensor], kind: Kind, paired: bool = False, memory: LargePages | None = None
+) -> Packed:
+    """Pack matrices [outs, ins] for the tiles. The arguments are those of `room`."""
     outs, ins = weights[0].shape
+    packed = room(len(weights), outs, ins, kind, paired, memory)
+    repack(library, weights, packed)
+    return packed
+
+
+def room(n: int, outs: int, ins: int, kind: Kind, paired: bool = False, memory: LargePages | None = None) -> Packed:
+    """Memory for n packed matrices [outs, ins], with anything in it. `paired`: the first half of the rows is the gate,
+    the second is up.
+
+    int4 is for experts: no linear layer multiplies it. `memory`: where pieces that stay together come from; None: these
+    will be freed alone, and must not take a large page each where they are small.
+    """
     n_groups = (_ceil(outs // 2, GROUP // 2) if paired else _ceil(outs, GROUP)) if outs else 0
     n_bytes = n_groups * _group_bytes(ins, kind)
-    n = len(weights)
-    small = alone and n * n_bytes < LARGE_PAGE
-    data = torch.empty(n * n_bytes, dtype=torch.uint8) if small else large_pages(n * n_bytes)
+    if memory is not None:
+        data = memory.take(n * n_bytes)
+    else:
+        small = n * n_bytes < LARGE_PAGE
+        data = torch.empty(n * n_bytes, dtype=torch.uint8) if small else large_pages(n * n_bytes)
     n_scales = n * n_groups * GROUP if kind == "int8" else 0
     scales, sums = torch.empty(n_scales), torch.empty(n_scales, dtype=torch.int32)
     each = (Matrix * n)(
@@ -69,9 +97,7 @@ def pack(
             for i in range(n)
         )
     )
-    packed = Packed(each[0], (data, scales, sums), each)
-    repack(library, weights, packed)
-    return packed
+    return Packed(each[0], (data, scales, sums), each)
 
 
 def repack(library: ctypes.CDLL, weights: Sequence[Tensor], packed: Packed) -> None:
