@@ -83,6 +83,8 @@ class Fleet:
         one = self.engines[0]
         self.spec, self.tokenizer, self.generation, self.config = one.spec, one.tokenizer, one.generation, one.config
         self.deadlines = config.deadlines
+        self.experts: None = None
+        """Each unit counts and moves its own; they are not shown together."""
         self.ready: Ready
         self._narrowest: Engine
         self._pools: dict[Side, _Pool] = {}

@@ -98,6 +98,8 @@ class Routes:
 
     async def experts(self) -> Response:
         """GET /debug/experts: how busy the routed experts are, and where they are."""
+        if self._engine.experts is None:
+            raise ApiError(404, "this server has several units; experts are shown of one only", code="no_experts")
         if (report := await self._engine.experts.report()) is None:
             raise ApiError(404, "this model has no routed experts", code="no_experts")
         return _json(report)
