@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "model": {"spec", "core", "comm", "kernels"},
     "engine": {"spec", "core", "comm", "kernels", "model"},
     "serve": {"spec", "core", "engine"},
-    "cli": {"spec", "core", "engine", "serve", "comm", "kernels", "model"},
+    "plan": {"spec", "core"},
+    "cli": {"spec", "core", "engine", "serve", "comm", "kernels", "model", "plan"},
 }
 TOP = {"__init__", "__main__"}
 """Modules beside the folders: the door to the package, which may name anything but must load no torch."""
@@ -40,7 +41,7 @@ WITHOUT_TORCH = {
     *("brigade.comm.group", "brigade.comm.segment", "brigade.comm.link"),
     *("brigade.engine.supervisor", "brigade.engine.rendezvous"),
 }
-WITHOUT_TORCH_FOLDERS = {"spec", "core", "serve", "cli"}
+WITHOUT_TORCH_FOLDERS = {"spec", "core", "serve", "cli", "plan"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""Bytes of one rank: weights it holds, room for the cache, and how many requests that makes."""
+
+from dataclasses import dataclass
+
+from brigade.spec.device import Device
+from brigade.spec.work import Facts, Grid, kv_cut
+
+RESERVED = 6e9
+"""Activations, communication buffers, graphs and the runtime of an accelerator; a common setting of today's engines."""
+USABLE = 0.9
+"""Share of the memory that engines take by default."""
+CPU_RESERVED = 1e9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank's memory holds."""
+
+    dense: float
+    """Attention, dense layers, gate, norms."""
+    experts: float
+    shared: float
+    head: float
+    """Head and embedding."""
+    reserved: float
+    free: float
+    """Left for the cache; negative: the model does not fit."""
+    kv_token: float
+    """Bytes of cache of one token on this rank."""
+
+    @property
+    def weights(self) -> float:
+        return self.dense + self.experts + self.shared + self.head
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of cache on one attention replica: what one of its ranks has room for."""
+        return max(0, int(self.free / self.kv_token))
+
+
+def memory(f: Facts, grid: Grid, device: Device, usable: float = USABLE, drafts: int = 0) -> Memory:
+    """Memory of the fullest rank. `drafts`: a multi-token-prediction layer is held too, if any."""
+    slots = -(-(f.n_experts + grid.redundant) // grid.ep) if f.n_moe else 0
+    layers = f.n_moe + (1 if drafts and f.n_moe else 0)
+    dense = f.cut_bytes / grid.tp + f.whole_bytes + f.gate_bytes + f.norm_bytes
+    if drafts:
+        dense *= 1 + 1.5 / f.n_layers
+    experts = layers * slots * f.expert_bytes / grid.moe_tp
+    shared = layers * f.shared_bytes / grid.tp
+    head = (f.head_bytes + f.lookup_bytes) / grid.tp
+    reserved = (RESERVED if device.kind == "gpu" else CPU_RESERVED) + device.hbm * (1 - usable)
+    free = device.hbm - reserved - dense - experts - shared - head
+    return Memory(dense, experts, shared, head, reserved, free, f.kv_bytes / kv_cut(f, grid.tp))
+
+
+def weight_bytes(f: Facts) -> float:
+    """All weights of the model, once."""
+    return (
+        f.cut_bytes
+        + f.whole_bytes
+        + f.gate_bytes
+        + f.norm_bytes
+        + f.n_moe * (f.shared_bytes + f.n_experts * f.expert_bytes)
+        + f.head_bytes
+        + f.lookup_bytes
+    )

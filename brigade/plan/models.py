@@ -1,0 +1,178 @@
+"""Which models the planner knows: by name, or from any config.json that says enough about shapes.
+
+The loader's reader (spec/config.py) refuses whatever it cannot run. The planner only needs sizes, so its reader is
+wider; what it reads this way is for planning and never reaches the loader.
+"""
+
+import json
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from brigade.spec.config import BadConfig, read_json, read_spec
+from brigade.spec.model import Gqa, Mla, ModelSpec, Moe, Rope
+from brigade.spec.params import active, count
+from brigade.spec.work import PRECISIONS, Facts, Precision, facts
+
+
+class BadModel(ValueError):
+    """A model that is not known. The message names the nearest one."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as the planner sees it."""
+
+    name: str
+    spec: ModelSpec
+    stored: str
+    """Precision in which its authors publish the weights."""
+    source: str
+    window: int = 0
+    windowed: float = 0.0
+    """Share of layers that look back `window` positions only."""
+
+    def facts(self, precision: Precision) -> Facts:
+        return facts(self.spec, precision, self.window, self.windowed)
+
+    @property
+    def billions(self) -> tuple[float, float]:
+        """Parameters, and those a token multiplies by, in billions."""
+        return count(self.spec) / 1e9, active(self.spec) / 1e9
+
+
+@lru_cache(maxsize=1)
+def known() -> dict[str, Model]:
+    """The models shipped with the planner, by each of their names."""
+    text = (resources.files("brigade.plan") / "data/models.json").read_text(encoding="utf-8")
+    out: dict[str, Model] = {}
+    for entry in json.loads(text):
+        model = _model(entry["config"], entry["name"], entry["precision"], entry["source"])
+        out |= dict.fromkeys((entry["name"], *entry["also"]), model)
+    return out
+
+
+def find_model(name: str) -> Model:
+    """By name, or from a folder with a config.json (or that file). Raises BadModel or BadConfig."""
+    path = Path(name)
+    if path.name == "config.json":
+        path = path.parent
+    if (path / "config.json").exists():
+        return _local(path)
+    key = name.lower().rsplit("/", 1)[-1].removesuffix("-instruct").replace("_", "-")
+    models = known()
+    if key in models:
+        return models[key]
+    if (short := key.removeprefix("deepseek-")) in models:
+        return models[short]
+    near = get_close_matches(key, models, 1, 0.0)[0]
+    raise BadModel(f"model '{name}' is not known; the nearest is {near} (or give a folder with its config.json)")
+
+
+def _local(folder: Path) -> Model:
+    try:
+        spec = read_spec(folder)
+    except BadConfig:
+        config = read_json(folder / "config.json")
+        return _model(config, folder.name or str(folder), _stored(config), str(folder / "config.json"))
+    return Model(folder.name or str(folder), spec, "fp8" if spec.block_scale else "bf16", str(folder / "config.json"))
+
+
+def _stored(config: dict[str, Any]) -> str:
+    quant = config.get("quantization_config")
+    method = quant.get("quant_method", "") if isinstance(quant, dict) else ""
+    return {"fp8": "fp8", "mxfp4": "fp4", "compressed-tensors": "int4", "awq": "int4", "gptq": "int4"}.get(
+        method, "bf16"
+    )
+
+
+def _model(config: dict[str, Any], name: str, stored: str, source: str) -> Model:
+    window = config.get("sliding_window") or 0
+    is_windowed = config["model_type"] == "gpt_oss" if "model_type" in config else False
+    share = 0.5 if is_windowed else 0.0  # gpt-oss: every second layer
+    return Model(name, wide_spec(config, source), stored, source, window if share else 0, share)
+
+
+def wide_spec(config: dict[str, Any], where: str) -> ModelSpec:
+    """Sizes from a config.json of a known family, ignoring keys that do not change them. Raises BadConfig.
+
+    Small vectors that only some families have (norms of query and key, biases, sinks) are not counted: under 0.01 %.
+    """
+
+    def take(*keys: str, default: int | None = None) -> int:
+        for key in keys:
+            value = config.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31:
+                return value
+        if default is None:
+            raise BadConfig(f"{where}: key '{keys[0]}' is missing or not a number; the planner needs it")
+        return default
+
+    heads, dim, layers = take("num_attention_heads"), take("hidden_size"), take("num_hidden_layers")
+    if not (heads and dim and layers):
+        raise BadConfig(f"{where}: num_attention_heads, hidden_size and num_hidden_layers must be at least 1")
+    attention: Mla | Gqa
+    if config.get("kv_lora_rank"):
+        attention = Mla(
+            n_heads=heads,
+            q_rank=take("q_lora_rank", default=0) or None,
+            kv_rank=take("kv_lora_rank"),
+            nope=take("qk_nope_head_dim"),
+            rope=take("qk_rope_head_dim"),
+            v=take("v_head_dim"),
+        )
+    else:
+        attention = Gqa(
+            n_heads=heads,
+            n_kv_heads=take("num_key_value_heads", default=heads),
+            head_dim=take("head_dim", default=dim // heads),
+            qkv_bias=bool(config.get("attention_bias")) or config.get("model_type") == "qwen2",
+        )
+    n_experts = take("n_routed_experts", "num_experts", "num_local_experts", default=0)
+    dense = take("first_k_dense_replace", default=0) if n_experts else layers
+    moe = None
+    if n_experts:
+        moe = Moe(
+            n_experts=n_experts,
+            n_shared=take("n_shared_experts", default=0),
+            top_k=take("num_experts_per_tok", "experts_per_token"),
+            ffn=take("moe_intermediate_size", "intermediate_size"),
+            n_groups=take("n_group", default=1) or 1,
+            top_groups=take("topk_group", default=1) or 1,
+            route_scale=1.0,
+            norm_weights=True,
+        )
+    width = attention.rope if isinstance(attention, Mla) else attention.head_dim
+    return ModelSpec(
+        architecture=str(config.get("model_type", "unknown")),
+        vocab=take("vocab_size"),
+        dim=dim,
+        n_layers=layers,
+        n_dense=min(dense, layers),
+        context=take("max_position_embeddings", default=131072),
+        attention=attention,
+        rope=Rope(dim=width, theta=10000.0, interleaved=False),
+        ffn=take("intermediate_size"),
+        moe=moe,
+        norm_eps=1e-6,
+        tied_head=bool(config.get("tie_word_embeddings", False)),
+        n_mtp=take("num_nextn_predict_layers", default=0),
+        dtype="bfloat16",
+        block_scale=None,
+        eos_ids=(),
+    )
+
+
+def precision_of(name: str, kv: str = "") -> Precision:
+    """A deployment's precision by the name of its weights, with another type for the cache if given."""
+    from dataclasses import replace
+
+    if name not in PRECISIONS:
+        raise BadModel(
+            f"precision '{name}' is not known; the nearest is {get_close_matches(name, PRECISIONS, 1, 0.0)[0]}"
+        )
+    found = PRECISIONS[name]
+    return replace(found, kv=kv) if kv else found

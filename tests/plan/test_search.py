@@ -1,0 +1,200 @@
+"""The search and the answer: what is promised is kept, and bad questions are answered in one line."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from brigade.cli import app
+from brigade.plan.ask import Question, answer
+from brigade.plan.deployment import deployment_yaml
+from brigade.plan.memory import memory
+from brigade.plan.models import find_model
+from brigade.plan.quantity import servers
+from brigade.plan.rates import shipped
+from brigade.plan.search import Slo, search
+from brigade.plan.serving import Workload
+from brigade.spec.work import FP8, PRECISIONS
+
+C = shipped()
+
+
+def ask(fleet: str, users: int, model: str = "deepseek-v3", precision: str = "fp8", tpot: float = 0.05) -> Question:
+    return Question(
+        find_model(model), servers(fleet), users, 4000, 1000, 0.56, Slo(tpot, 2.0), PRECISIONS[precision], precision
+    )
+
+
+def test_every_option_fits_its_memory_and_its_servers_and_keeps_its_promise() -> None:
+    a = answer(ask("12 x 8 x H800", 1000), C)
+    for o in a.options:
+        assert o.layout.nodes <= 12
+        for u, _ in o.layout.units:
+            held = memory(u.pool.f, u.grid, u.pool.device, drafts=u.pool.setup.draft)
+            assert held.free > 0
+            assert u.users / u.grid.dp * 4500 <= held.tokens * 1.001
+        if o.fits:
+            assert o.tpot[1] <= 0.05 * 1.02
+            assert o.ttft[1] <= 2.0 * 1.02
+
+
+def test_h800_boxes_cannot_hold_it_so_a_cluster_is_recommended() -> None:
+    a = answer(ask("22 x 8 x H800", 2000), C)
+    assert a.recommended is not None
+    assert a.recommended.family == "cluster"
+    assert "boxes" not in {o.family for o in a.options if o.model == "deepseek-v3"}
+    assert a.recommended.n_gpus < 176
+
+
+def test_few_users_on_h200_are_told_not_to_build_a_cluster() -> None:
+    a = answer(ask("4 x 8 x H200", 60), C)
+    assert a.recommended is not None
+    assert a.recommended.family == "boxes"
+    assert "Do not build a cluster" in a.sentence
+    assert "below" in a.crossover
+
+
+def test_more_users_never_need_fewer_nodes() -> None:
+    nodes = [o.layout.nodes for u in (100, 400, 1600, 3000) if (o := answer(ask("22 x 8 x H800", u), C).recommended)]
+    assert nodes == sorted(nodes)
+
+
+def test_too_many_users_get_the_nearest_and_the_servers_it_would_take() -> None:
+    a = answer(ask("4 x 8 x H800", 50_000), C)
+    assert a.recommended is None
+    assert "nearest" in a.sentence
+    assert "nodes would serve all" in a.sentence
+
+
+def test_a_hundred_thousand_layouts_in_seconds() -> None:
+    f = find_model("deepseek-v3").facts(FP8)
+    begin = time.process_time()
+    found = search(f, servers("32 x 8 x H800")[0], "sglang", C, Workload(4000, 4000, 1000, 0.5), Slo(0.05, 2.0), True)
+    assert found.n_considered > 100_000
+    assert time.process_time() - begin < 6  # under 2 s on a quiet machine; this one may be shared
+
+
+def test_a_fleet_of_thousands_is_answered_too() -> None:
+    begin = time.process_time()
+    assert answer(ask("1000 x 8 x H800", 100_000), C).recommended is not None
+    assert time.process_time() - begin < 30
+
+
+@pytest.mark.parametrize(
+    "model", ["kimi-k2", "qwen3-235b-a22b", "glm-4.5", "gpt-oss-120b", "deepseek-v2", "r1-distill-qwen-32b"]
+)
+def test_other_models_and_devices_are_answered(model: str) -> None:
+    for fleet in "4 x 8 x H200", "2 x 16 x Ascend-910C", "1 x 72 x GB200":
+        assert answer(ask(fleet, 20, model), C).options
+
+
+def test_the_interval_is_wider_for_an_engine_that_nobody_measured() -> None:
+    known, unknown = C.half_width("sglang", "H200", "decode"), C.half_width("mine", "H200", "decode")
+    assert known < unknown
+
+
+def run(*args: str):  # type: ignore[no-untyped-def]
+    return CliRunner().invoke(app, ["plan", *args], env={"COLUMNS": "120"})
+
+
+GOOD = ("--servers", "4 x 8 x H200", "--users", "60")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--users", "5"), "--servers is missing"),
+        (("--servers", "4 x 8 x H200"), "--users is missing"),
+        ((*GOOD, "--tpot", "50"), "write 50ms or 50s"),
+        ((*GOOD, "--tpot", "0.01ms"), "physical floor"),
+        ((*GOOD, "--input", "-4k"), "--input"),
+        ((*GOOD, "--hit-rate", "2"), "--hit-rate"),
+        ((*GOOD, "--model", "deepsek-v3"), "nearest is deepseek-v3"),
+        ((*GOOD, "--precision", "fp7"), "nearest is fp"),
+        ((*GOOD, "--price", "-1"), "--price"),
+        (("--servers", "4 x 8 x H300", "--users", "60"), "device 'H300' is not known; the nearest is"),
+        (("--servers", "1 x 8 x H800", "--users", "5"), "the nearest that fits is 2 x 8 x H800"),
+        (("--servers", "1 x 1 x RTX-4090", "--users", "5"), "nearest that fits"),
+    ],
+)
+def test_bad_questions_get_one_line_and_exit_code_2(args: tuple[str, ...], says: str) -> None:
+    result = run(*args)
+    assert result.exit_code == 2, result.output
+    assert says in " ".join(result.output.split())
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_the_command_shows_the_answer_its_reasons_and_all_assumptions() -> None:
+    result = run(*GOOD, "--api-price", "2", "--night", "0.4", "--explain")
+    assert result.exit_code == 0, result.output
+    for text in (
+        "Do not build a cluster",
+        "assumed:",
+        "1k tokens = 1000",
+        "break-even",
+        "at night",
+        "core attention",
+        "phi",
+    ):
+        assert text in result.output
+
+
+def test_json_holds_what_the_table_shows() -> None:
+    data = json.loads(run(*GOOD, "--json").output)
+    assert data["question"]["users"] == 60
+    first = data["options"][0]
+    assert first["fits"]
+    assert first["ttft_s"]["p50"] <= first["ttft_s"]["p90"] <= first["ttft_s"]["p99"]
+    assert first["most_users_80"][0] < first["most_users"] < first["most_users_80"][1]
+
+
+def test_reproduce_prints_points_ratios_and_the_fleet() -> None:
+    result = run("reproduce")
+    assert result.exit_code == 0, result.output
+    for text in ("ds-prod-decode", "ratio", "dollars a day", "mean absolute error"):
+        assert text in result.output
+
+
+def test_own_measurements_move_the_prediction_towards_them(tmp_path: Path) -> None:
+    point = {
+        "id": "mine", "model": "DeepSeek-V3", "engine": "brigade", "source": {"title": "mine", "url": ""},
+        "hardware": {"gpu": "H200", "count": 8, "nodes": 1}, "parallelism": {"EP": 8, "DP": 8, "TP": 1},
+        "precision": "FP8", "workload": {"kv_len": 4000, "batch_per_gpu": 32}, "measured": {"decode_tok_s_gpu": 300},
+        "flags": {}, "grade": "A", "predict": ["decode_tok_s_gpu"],
+    }  # fmt: skip
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"points": [point]}))
+    slow = json.loads(run(*GOOD, "--engine", "brigade", "--calibrate", str(path), "--json").output)
+    plain = json.loads(run(*GOOD, "--engine", "brigade", "--json").output)
+    assert slow["options"][0]["tpot_s"]["p50"] > plain["options"][0]["tpot_s"]["p50"]
+
+
+def test_a_device_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("name: H100-NVL\nlike: H100\nhbm_gb: 94\n")
+    result = run("--servers", "4 x 8 x H100-NVL", "--users", "20", "--device", str(path), "--json")
+    assert result.exit_code == 0, result.output
+
+
+def test_the_deployment_file_is_what_brigade_up_reads() -> None:
+    deploy = pytest.importorskip("brigade.spec.deploy")
+    import yaml
+
+    q = ask("22 x 8 x H800", 2000)
+    text = deployment_yaml(answer(q, C).options[0], q)
+    read = deploy.deployment_from(yaml.safe_load(text))
+    assert [u.role for u in read.units] == ["prefill", "decode"]
+
+
+@pytest.mark.parametrize(("lang", "heading"), [("en", "Options"), ("zh", "方案")])
+def test_the_report_is_one_file_without_network(lang: str, heading: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    result = run(*GOOD, "--html", str(path), "--lang", lang)
+    assert result.exit_code == 0, result.output
+    text = path.read_text(encoding="utf-8")
+    assert heading in text
+    assert text.count("<svg") >= 5
+    assert "http" not in text.replace("https://", "").replace("http://", "") or "src=" not in text
+    assert "<script" not in text
