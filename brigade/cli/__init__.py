@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from brigade.cli import bench, chat, doctor, experts, explain, join, manifest, serve, up
+from brigade.cli import bench, chat, doctor, experts, explain, join, manifest, plan, serve, up
 from brigade.cli.fault import Fault, one_line
 
 
@@ -43,6 +43,8 @@ app.command()(doctor.doctor)
 app.command()(up.up)
 app.command()(explain.explain)
 app.command()(manifest.manifest)
+app.add_typer(plan.app, name="plan")
+app.command()(plan.verify)
 
 
 def version_line() -> str:

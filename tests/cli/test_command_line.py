@@ -35,7 +35,19 @@ def test_help_lists_the_commands() -> None:
     assert code == 0
     assert all(
         command in out
-        for command in ("serve", "up", "join", "explain", "manifest", "chat", "bench", "experts", "doctor")
+        for command in (
+            "serve",
+            "up",
+            "join",
+            "explain",
+            "manifest",
+            "plan",
+            "verify",
+            "chat",
+            "bench",
+            "experts",
+            "doctor",
+        )
     )
 
 
@@ -47,7 +59,7 @@ def test_showing_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "up", "join", "explain", "manifest", "chat", "bench", "experts", "doctor"]
+    "command", ["serve", "up", "join", "explain", "manifest", "plan", "verify", "chat", "bench", "experts", "doctor"]
 )
 def test_every_command_has_help_and_refuses_unknown_options(command: str) -> None:
     assert invoke(command, "--help")[0] == 0
