@@ -22,7 +22,7 @@ from tests.engine.asking import until
 from tests.engine.conftest import workers
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-LONG = SamplingParams(temperature=0, max_tokens=160, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
 DRAWN = SamplingParams(temperature=0.9, max_tokens=24, seed=5, presence_penalty=0.4, ignore_eos=True)
 
 

@@ -65,15 +65,15 @@ async def test_a_prefill_rank_that_is_killed_while_its_pages_are_fetched(alone: 
         assert await all_pages_are_back(fleet)
 
 
-@pytest.mark.parametrize("state", STATES)
-async def test_a_decode_rank_that_is_killed_in_any_state(alone: Says, state: str) -> None:
+async def test_a_decode_rank_that_is_killed_in_any_state(alone: Says) -> None:
     prompt = some_prompts(9)[2]
     async with running(config()) as fleet:
-        generation, stopped = await brought_to(fleet, state, prompt)
-        os.kill(pids(fleet, "decode")[0], signal.SIGKILL)
-        resume([pid for pid in stopped if pid in pids(fleet, "prefill")])
-        assert await asyncio.wait_for(said(generation), 30) == alone[tuple(prompt)][1]
-        assert await all_pages_are_back(fleet)
+        for state in STATES:
+            generation, stopped = await brought_to(fleet, state, prompt)
+            os.kill(pids(fleet, "decode")[0], signal.SIGKILL)
+            resume([pid for pid in stopped if pid in pids(fleet, "prefill")])
+            assert await asyncio.wait_for(said(generation), 30) == alone[tuple(prompt)][1], state
+            assert await all_pages_are_back(fleet), state
 
 
 async def test_everything_is_killed_at_once(alone: Says) -> None:
