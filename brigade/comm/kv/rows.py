@@ -8,8 +8,9 @@ import numpy.typing as npt
 import xxhash
 
 Bytes = npt.NDArray[np.uint8]
-RUN = 256 << 10
-"""Longest run in bytes: it is copied and then checked while a core's own cache still holds it."""
+RUN = 8 << 20
+"""Longest run in bytes. Long ones pay although they leave the core's own cache before they are checked: the C library
+copies them past the caches, which saves reading what is overwritten (57 MB: 9.1 ms; 13.7 in runs of 256 KiB)."""
 
 
 @dataclass(frozen=True)
