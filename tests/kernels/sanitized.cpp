@@ -172,7 +172,7 @@ static const std::vector<std::vector<std::pair<int64_t, int64_t>>> BATCHES = {
     {}, {{1, 0}}, {{1, 600}}, {{7, 0}}, {{70, 510}}, {{1, 5}, {1, 63}, {3, 64}, {40, 500}, {1, 1100}}};
 
 static void run_attention_alone(Pool* pool) {
-  const int64_t shapes[][3] = {{3, 20, 8}, {6, 64, 16}, {17, 130, 2}};  // heads, latent, rotary
+  const int64_t shapes[][3] = {{1, 20, 8}, {2, 18, 8}, {3, 20, 8}, {6, 64, 16}, {8, 64, 2}, {17, 130, 2}};  // heads, latent, rotary
   for (auto [n_heads, rank, rope] : shapes)
     for (const auto& sequences : BATCHES)
       for (int64_t page : {1, 16}) {

@@ -327,6 +327,10 @@ SHAPES = {
     "DeepSeek-V3's, 16 heads": (16, 512, 64),
     "odd": (3, 20, 8),
     "40 heads": (40, 64, 32),
+    "8 heads, which fill a register in a decode": (8, 64, 16),
+    "2 heads, an odd number of pairs": (2, 18, 8),
+    "one head more than two chains are for": (9, 20, 8),
+    "one head": (1, 20, 8),
 }
 MIXED = [(1, 5), (1, 700), (7, 0), (130, 500), (1, 0), (1, 1499)]
 """Tokens and start of each sequence."""
@@ -396,6 +400,16 @@ def test_attention_gives_what_the_reference_gives_in_decode_prefill_and_both(
 ) -> None:
     Attended(shape, MIXED, page).check(kernels)
     Attended(shape, [(150, 0)], page).check(kernels)
+
+
+def test_scores_of_a_few_heads_are_those_of_each_head_alone_but_for_roundings(kernels: Kernels) -> None:
+    """8 rows share a register two chains each: a row in the wrong half would be far off."""
+    a, alone = Attended((8, 64, 16), [(1, 300)], 16), Attended((1, 64, 16), [(1, 300)], 16)
+    alone.cache, alone.pages = a.cache, a.pages
+    got = a.run(kernels).float()
+    for head in range(8):
+        alone.q = a.q[:, head : head + 1].contiguous()
+        assert distance(got[:, head], alone.run(kernels).float()[:, 0]) < 0.005, head
 
 
 def test_attention_of_128_heads(kernels: Kernels) -> None:

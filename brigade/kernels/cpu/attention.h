@@ -6,6 +6,12 @@
 //     scores[key][lane] = sum over the key's pairs of numbers: broadcast(pair of key) * queries[pair][lane]
 //     out[lane][value]  = sum over pairs of keys:              broadcast(pair of p[lane]) * values[pair of keys][value]
 //
+// In a decode of a few heads most lanes would be idle. Where a key head has 2 to 8 query heads, a score is therefore the sum of
+// two chains, one over even and one over odd pairs of numbers, always: up to 8 query rows then fill 16 lanes, and one
+// instruction multiplies two pairs of the key.
+//
+//     lanes of a decode:  | row 0, even pair | row 0, odd pair | row 1, even pair | ...    times    | even pair | odd pair | even ..
+//
 // The softmax is computed online (arXiv:1805.02867; FlashAttention, arXiv:2205.14135) in chunks of CHUNK keys, and afresh in
 // every SPLIT keys; the splits are folded in order. Chunks and splits lie at fixed positions, and a key that a lane may not
 // see changes nothing in it, so a row's result is the same, bit by bit, in a decode, in any chunk of a prefill, and beside
@@ -16,6 +22,7 @@
 
 constexpr int CHUNK = 64;
 constexpr int SPLIT = 512;
+constexpr int HALF = 8;            // query rows that fill a register with two chains each
 constexpr float NOTHING = -1e30f;  // the maximum of no scores
 
 // Several tokens of one request: query rows row..row+n-1 of the batch at positions start..
@@ -57,7 +64,7 @@ class Attention {
   Attention(const Heads& heads, const Cache& cache) : heads_(heads), cache_(cache), width_(round_up(heads.value_width, GROUP)) {
     n_pairs_ = (heads.key_width + 1) / 2;
     auto cut = [&](Cutter c) {
-      queries_ = c.take<uint32_t>(n_pairs_ * LANES);
+      queries_ = c.take<uint32_t>((n_pairs_ + 1) * LANES);
       scores_ = c.take<float>(CHUNK * LANES);
       weights_ = c.take<uint32_t>(CHUNK / 2 * LANES);
       values_ = c.take<uint32_t>(CHUNK / 2 * width_);
@@ -77,14 +84,22 @@ class Attention {
   void load(const Sequence& s, int64_t kv_head, const bf16* q, int64_t token_stride, int64_t head_stride, int64_t first_row,
             int64_t n) {
     sequence_ = s, kv_head_ = kv_head, n_ = (int)n;
+    folded_ = LANES == 16 && two_chains() && n <= HALF;
     for (int lane = 0; lane < LANES; lane++) {
       const int64_t i = first_row + std::min<int64_t>(lane, n - 1);  // idle lanes repeat the last row
       const int64_t token = i / heads_.group, head = kv_head * heads_.group + i % heads_.group;
       const bf16* from = q + (s.row + token) * token_stride + head * head_stride;
-      for (int64_t k = 0; k < n_pairs_; k++) memcpy(&queries_[k * LANES + lane], from + 2 * k, 4);
+      for (int64_t k = 0; k < n_pairs_; k++)
+        if (!folded_)
+          memcpy(&queries_[k * LANES + lane], from + 2 * k, 4);
+        else if (lane < HALF)
+          memcpy(&queries_[k / 2 * LANES + 2 * lane + k % 2], from + 2 * k, 4);
       last_[lane] = (int32_t)(s.start + token);
     }
   }
+
+  // A matter of the layer, not of the step, so that a row's scores are always summed up in the same way.
+  bool two_chains() const { return heads_.group > 1 && heads_.group <= HALF; }
 
   int64_t n_keys() const { return last_[LANES - 1] + 1; }
 
@@ -161,21 +176,62 @@ class Attention {
   }
 
   template <int M>
-  INLINE void score_tile(const bf16* const* rows, int64_t offset, const uint32_t* queries, int64_t n_pairs, float* to) {
+  inline __attribute__((always_inline)) void score_tile(const bf16* const* rows, int64_t offset, float* to) const {
     const char* at[M];
     UNROLL for (int m = 0; m < M; m++) at[m] = (const char*)(rows[m] + offset);
     __m512 sum[M][L];
-    multiply_bf16<M, LANES, LANES>(at, (const char*)queries, n_pairs, nullptr, sum);
+    if (!two_chains()) {
+      multiply_bf16<M, LANES, LANES>(at, (const char*)queries_, n_pairs_, nullptr, sum);
+      UNROLL for (int m = 0; m < M; m++) UNROLL for (int j = 0; j < L; j++) _mm512_store_ps(to + m * LANES + 16 * j, sum[m][j]);
+      return;
+    }
+    if constexpr (L == 1)
+      if (folded_) return score_folded<M>(at, queries_, n_pairs_, to);
+    multiply_bf16<M, LANES, 2 * LANES, 8>(at, (const char*)queries_, (n_pairs_ + 1) / 2, nullptr, sum);
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int j = 0; j < L; j++) _mm512_store_ps(to + m * LANES + 16 * j, sum[m][j]);
+    UNROLL for (int m = 0; m < M; m++) at[m] += 4;
+    multiply_bf16<M, LANES, 2 * LANES, 8>(at, (const char*)(queries_ + LANES), n_pairs_ / 2, nullptr, sum);
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int j = 0; j < L; j++) {
+      float* t = to + m * LANES + 16 * j;
+      _mm512_store_ps(t, _mm512_add_ps(_mm512_load_ps(t), sum[m][j]));
+    }
+  }
+
+  // Scores of up to 8 query rows, whose even and odd pairs are beside each other.
+  template <int M>
+  INLINE void score_folded(const char* const* at, const uint32_t* queries, int64_t n_pairs, float* to) {
+    __m512 sum[M];
+    UNROLL for (int m = 0; m < M; m++) sum[m] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < n_pairs / 2; k++) {
+      const __m512bh q = load_pairs(queries + 16 * k);
+      UNROLL for (int m = 0; m < M; m++) {
+        int64_t two_pairs;
+        memcpy(&two_pairs, at[m] + 8 * k, 8);
+        sum[m] = _mm512_dpbf16_ps(sum[m], q, (__m512bh)_mm512_set1_epi64(two_pairs));
+      }
+    }
+    if (n_pairs % 2) {  // an even pair without an odd one
+      const __mmask16 even = 0x5555;
+      const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi32(even, queries + 16 * (n_pairs / 2));
+      UNROLL for (int m = 0; m < M; m++) {
+        const __m512i pair = _mm512_maskz_mov_epi32(even, (__m512i)broadcast_pair(at[m] + 4 * (n_pairs - 1)));
+        sum[m] = _mm512_dpbf16_ps(sum[m], q, (__m512bh)pair);
+      }
+    }
+    const __m512i rows = _mm512_set_epi32(14, 12, 10, 8, 6, 4, 2, 0, 14, 12, 10, 8, 6, 4, 2, 0);
+    UNROLL for (int m = 0; m < M; m++) {
+      const __m512 both = _mm512_add_ps(sum[m], _mm512_permute_ps(sum[m], 0xb1));  // neighbours changed places
+      _mm512_store_ps(to + m * 16, _mm512_permutexvar_ps(rows, both));
+    }
   }
 
   void score(int n) {
     constexpr int M = L == 4 ? 6 : L == 2 ? 12 : 16;  // keys of a tile, so that its sums fit the registers
     const int64_t offset = heads_.key_at + kv_head_ * heads_.key_step;
     int i = 0;
-    for (; i + M <= n; i += M) score_tile<M>(rows_ + i, offset, queries_, n_pairs_, scores_ + i * LANES);
-    for (; i + 4 <= n; i += 4) score_tile<4>(rows_ + i, offset, queries_, n_pairs_, scores_ + i * LANES);
-    for (; i < n; i++) score_tile<1>(rows_ + i, offset, queries_, n_pairs_, scores_ + i * LANES);
+    for (; i + M <= n; i += M) score_tile<M>(rows_ + i, offset, scores_ + i * LANES);
+    for (; i + 4 <= n; i += 4) score_tile<4>(rows_ + i, offset, scores_ + i * LANES);
+    for (; i < n; i++) score_tile<1>(rows_ + i, offset, scores_ + i * LANES);
   }
 
   // A lane does not see keys behind its own position.
@@ -274,6 +330,7 @@ class Attention {
   Sequence sequence_;
   int64_t kv_head_;
   int n_;  // lanes in use
+  bool folded_ = false;
   alignas(64) int32_t last_[LANES];
   alignas(64) float keep_[LANES];
   const bf16* rows_[CHUNK];
