@@ -50,6 +50,8 @@ class Rendezvous:
         self._closing = False
         self._refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._links: set[Link[FromSupervisor]] = set()
+        self._crowded: set[str] = set()
+        """Hosts that a second supervisor has called for since they joined."""
         self._door: Door[FromSupervisor] = Door(
             hosts.secret, FromSupervisor, silence(config), self._on_link, self._on_differs
         )
@@ -130,7 +132,9 @@ class Rendezvous:
         assert host is not None
         if host.joined.is_set():
             link.send(Refusal(f"host {join.address} has joined already", again=True))
-            log.warning("%s called as host %s, which has joined already", link.peer, join.address)
+            if host.address not in self._crowded:  # it calls again and again
+                self._crowded.add(host.address)
+                log.warning("%s called as host %s, which has joined already", link.peer, join.address)
             return None
         link.send(Joined())
         return host
@@ -152,6 +156,7 @@ class Rendezvous:
             why, unnoticed = str(e), e.silent if isinstance(e, LinkLost) else 0.0
             log.log(logging.INFO if self._closing else logging.ERROR, "%s is gone: %s", host.name, why)
         finally:
+            self._crowded.discard(host.address)
             host.gone(why, unnoticed)
 
     def _on_differs(self, peer: str, error: Differs) -> None:

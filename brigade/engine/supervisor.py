@@ -57,6 +57,8 @@ _CALL_S = 1.0
 """A call across a cut cable is not answered at all; a short wait finds the head soon after the cable is back."""
 _RETRY_S = 0.2
 _ANSWER_S = 10.0
+_TAKEN_S = 0.5
+"""Between two tries while the head has a host with this address: often this one, before it was cut off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +87,30 @@ class HostRefused(Exception):
 
 
 class HeadMissing(Exception):
-    """No head answered in time."""
+    """No head answered in time, or it had another supervisor for this host all the while."""
+
+
+class _Taken(Exception):
+    """The head has a host with this address."""
 
 
 async def supervise(config: JoinConfig) -> Goodbye:
     """Run the ranks of this host until the head ends. Raises HostRefused, HeadMissing; no process is left then."""
+    taken: float | None = None
     while True:
-        link = await _reach(config)
+        link = await _reach(config, say=taken is None)
         try:
             folder = await _agree(config, link)
             log.info("joined the head at %s", link.peer)
+            taken = None
             return await _Ranks(config, folder, link).obey()
+        except _Taken as e:
+            if taken is None:
+                taken = time.monotonic()
+                log.warning("%s; waiting for that one to go: is another `brigade join` for this host running?", e)
+            if config.wait and time.monotonic() - taken >= config.wait:
+                raise HeadMissing(f"{e}, and did not go for {config.wait:g} s; end it, or this one") from e
+            await asyncio.sleep(_TAKEN_S)
         except (LinkLost, ChannelBroken) as e:
             log.error("the head is gone, and the ranks of this host were ended: %s", e)
         except TimeoutError:
@@ -105,9 +120,9 @@ async def supervise(config: JoinConfig) -> Goodbye:
         await asyncio.sleep(_RETRY_S)
 
 
-async def _reach(config: JoinConfig) -> Link[Any]:
+async def _reach(config: JoinConfig, say: bool = True) -> Link[Any]:
     began, where = time.monotonic(), f"the head at {config.head[0]}:{config.head[1]}"
-    log.info("calling %s", where)
+    log.log(logging.INFO if say else logging.DEBUG, "calling %s", where)
     while True:
         try:
             return await call(config.head, config.secret, ToSupervisor, silence=SILENCE_S, deadline=_CALL_S)
@@ -120,7 +135,8 @@ async def _reach(config: JoinConfig) -> Link[Any]:
 
 
 async def _agree(config: JoinConfig, link: Link[Any]) -> Path:
-    """Come to terms with the head; the model folder of this host. Raises HostRefused, LinkLost, TimeoutError."""
+    """Come to terms with the head; the model folder of this host. Raises HostRefused, LinkLost, TimeoutError, and
+    _Taken while the head has this host from somewhere else."""
     async with asyncio.timeout(_ANSWER_S):
         terms = await link.receive()
     if not isinstance(terms, Terms):
@@ -136,7 +152,7 @@ async def _agree(config: JoinConfig, link: Link[Any]) -> Path:
         case Refusal(text, again=False):
             raise HostRefused(text)
         case Refusal(text):
-            raise ChannelBroken(text)
+            raise _Taken(text)
         case Goodbye(text):
             raise LinkLost(f"{link.peer}: {text}")
     raise ChannelBroken(f"{link.peer}: {type(answer).__name__} before Joined")

@@ -31,8 +31,9 @@ from brigade.engine.local_host import Ended
 from brigade.engine.messages import Loaded, Ping, Start
 from brigade.engine.output import LoadError
 from brigade.engine.rendezvous import Rendezvous
+from brigade.engine.supervisor import HeadMissing, supervise
 from tests.engine.asking import until
-from tests.engine.hosting import SECRET, layout_of
+from tests.engine.hosting import SECRET, joining, layout_of
 
 CONFIG = EngineConfig(ranks=3)
 
@@ -59,7 +60,7 @@ async def joined(head: Rendezvous) -> Link[Any]:
 
 
 async def next_of(waiting: Any) -> Any:
-    return await asyncio.wait_for(waiting, 2)
+    return await asyncio.wait_for(waiting, 4)
 
 
 async def test_orders_arrive_in_order_and_news_come_back(head: Rendezvous) -> None:
@@ -149,6 +150,19 @@ async def test_who_knows_the_secret_and_talks_nonsense_loses_its_own_link_alone(
     with pytest.raises(LinkLost):
         await next_of(good.receive())
     assert not head.hosts[0].joined.is_set()
+
+
+async def test_a_second_supervisor_says_once_what_it_waits_for_and_gives_up(
+    head: Rendezvous, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = await joined(head)
+    with pytest.raises(HeadMissing, match=r"host 127.0.0.2 has joined already, and did not go for 1.2 s; end it, or"):
+        await next_of(supervise(joining(head.port, 1, wait=1.2)))
+    waits, turned = "is another `brigade join` for this host running?", "called as host 127.0.0.2, which has joined"
+    assert (caplog.text.count(waits), caplog.text.count(turned)) == (1, 1)
+    assert "the head is gone" not in caplog.text
+    assert head.hosts[0].joined.is_set()
+    await first.close()
 
 
 async def test_a_missing_host_is_named_with_its_ranks(head: Rendezvous) -> None:
