@@ -74,7 +74,9 @@ def read_key(path: Path, where: str) -> str:
     """The one line of a file that holds a key. Raises Fault; the key is never part of a message."""
     try:
         if not path.is_file():
-            raise Fault(f"{where}: {path} is not a file; write the key into it: openssl rand -hex 32 > {path}", 2)
+            raise Fault(
+                f"{where}: {path} is not a file; write the key into it: (umask 077; openssl rand -hex 32 > {path})", 2
+            )
         if others_can_read(path):
             raise Fault(f"{where}: others than its owner may use {path}; run: chmod 600 {path}", 2)
         with path.open("rb") as file:

@@ -338,7 +338,7 @@ def _notes(deployed: Deployed) -> list[str]:
             continue
         path = deployed.path(name)
         if not path.exists():
-            out.append(f"{key}: {path} is not there yet; openssl rand -hex 32 > {path}")
+            out.append(f"{key}: {path} is not there yet; (umask 077; openssl rand -hex 32 > {path})")
         elif others_can_read(path):
             out.append(f"{key}: others than its owner may use {path}, so it is refused; chmod 600 it")
     if any(len(x.hosts) > 1 for u in d.units for x in u.layouts()):

@@ -116,6 +116,8 @@ def serve(
     """Serve a model with OpenAI's API. Ctrl-C lets running requests finish, then ends."""
     check_log_level(log_level)
     several = parse_hosts(hosts, secret_file, join_port) if hosts else None
+    if several is None and (secret_file or join_port != JOIN_PORT):
+        raise Fault("--secret-file and --join-port are for several hosts; name them with --hosts", 2)
     try:
         engine = EngineConfig(
             model=model or str(DEMO_MODEL),

@@ -12,7 +12,7 @@ from brigade.cli.serve import LOG_LEVELS, check_log_level, start
 def up(
     file: File,
     ray: Annotated[
-        str, typer.Option(help="HOST:PORT of a Ray cluster, which then starts the other hosts. Needs brigade[ray].")
+        str, typer.Option(help="HOST:PORT of a Ray cluster, which then starts the other hosts. Needs the extra `ray`.")
     ] = "",
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LOG_LEVELS)}.")] = "info",
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
