@@ -73,6 +73,11 @@ def test_help_says_that_command_lines_are_no_place_for_a_key(command: str) -> No
     assert "BRIGADE_API_KEY" in out
 
 
+def test_help_names_the_extra_that_ray_needs() -> None:
+    """In square brackets it would be taken for a style, and vanish."""
+    assert "Needs the extra `ray`." in " ".join(invoke("up", "--help")[1].replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -92,6 +97,8 @@ def test_help_says_that_command_lines_are_no_place_for_a_key(command: str) -> No
         (("--api-key", "short"), "the API key has 5 characters"),
         (("--name", ""), "served model name is empty"),
         (("--hosts", "10.0.0.1=1"), "--hosts needs --secret-file"),
+        (("--secret-file", "x"), "--secret-file and --join-port are for several hosts; name them with --hosts"),
+        (("--join-port", "7001"), "--secret-file and --join-port are for several hosts; name them with --hosts"),
         (("--hosts", "10.0.0.1", "--secret-file", "x"), "--hosts: '10.0.0.1' must be like 10.0.0.1=4,10.0.0.2=4"),
         (("--hosts", "a=1,b=1", "--secret-file", "/gone"), "/gone: the secret cannot be read (No such file"),
         (("--log-level", "loud"), "--log-level must be one of debug, info, warning, error, not loud"),

@@ -136,7 +136,7 @@ def test_keys_that_are_missing_or_open_to_others_are_notes(tmp_path: Path) -> No
     (tmp_path / "clients").chmod(0o644)
     found = as_json(tmp_path / "d.yaml")
     assert any("clients, so it is refused; chmod 600 it" in n for n in found["notes"])
-    assert any("hosts is not there yet" in n for n in found["notes"])
+    assert any("hosts is not there yet; (umask 077; openssl" in n for n in found["notes"])
     assert "do-not-tell-anyone" not in json.dumps(found)
 
 

@@ -132,7 +132,7 @@ def test_a_ranks_memory_bounds_its_cache(tmp_path: Path) -> None:
         ("units: [{role: mixed, ranks_per_host: 64}]", "64 ranks, but the model has 32 routed experts a layer"),
         ("model: none", "none/config.json"),
         ("limits: {max_running: 600}", "max_step_tokens must be at least max_running"),
-        ("api_key_file: none", "none is not a file; write the key into it"),
+        ("api_key_file: none", "none is not a file; write the key into it: (umask 077; openssl"),
         ("api_key_file: short", "the API key has 3 characters"),
         ("api_key_file: open", "others than its owner may use"),
         ("api_key_file: two", "must hold one key on one line"),

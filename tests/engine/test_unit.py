@@ -127,7 +127,7 @@ async def test_a_dead_process_stops_the_generation_everywhere_and_is_replaced(ri
 
 async def test_a_rank_that_others_wait_for_in_vain_is_killed_and_replaced(rig: Rig) -> None:
     rig.says(0, Lost([2], "rank 2: did not arrive within 5 s", 1))
-    assert await rig.heard() == Broken(2, "rank 2: did not arrive within 5 s")
+    assert await rig.heard() == Broken(2, "rank 2: did not arrive within 5 s", unnoticed=5.0)
     assert rig.hosts[0].stopped == [(1, [2])]
     assert rig.hosts[1].killed == [2]
     rig.says(3, Lost([2], "rank 2: did not arrive within 5 s", 1))

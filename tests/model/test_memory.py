@@ -17,6 +17,8 @@ from brigade.spec.config import read_spec
 from brigade.spec.memory import WeightKind, weight_bytes
 
 SPEC = read_spec(DEMO_MODEL)
+NOT_WEIGHTS = ("cache", "cos", "sin", "spec", "_rest")
+"""The last one is memory that no weight has taken yet."""
 
 
 def held(value: Any, depth: int = 0) -> dict[int, int]:
@@ -29,7 +31,7 @@ def held(value: Any, depth: int = 0) -> dict[int, int]:
     elif isinstance(value, (list, tuple)):
         inner = list(value)
     elif hasattr(value, "__dict__") and type(value).__module__.startswith("brigade"):
-        inner = [v for name, v in vars(value).items() if name not in ("cache", "cos", "sin", "spec")]
+        inner = [v for name, v in vars(value).items() if name not in NOT_WEIGHTS]
     out: dict[int, int] = {}
     for v in inner if depth < 8 else []:
         out |= held(v, depth + 1)
