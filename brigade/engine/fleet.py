@@ -17,12 +17,13 @@ from typing import Literal
 
 from brigade.comm.kv.shared import create
 from brigade.core.handover import Deadlines, Event, State
-from brigade.engine.client import Engine, Unobserved, added
+from brigade.engine.client import Engine
 from brigade.engine.config import EngineConfig, KvConfig
 from brigade.engine.flight import Flight, RequestPart, Side
 from brigade.engine.generation import Generation
 from brigade.engine.messages import Loading, Ready, Stats
-from brigade.engine.output import Health, LoadError, Observer, QueueFull, Unavailable
+from brigade.engine.output import Health, LoadError, Observer, QueueFull, Unavailable, Unobserved
+from brigade.engine.pulse import added
 from brigade.engine.router import Router
 from brigade.spec.sampling import SamplingParams
 

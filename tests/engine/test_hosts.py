@@ -101,7 +101,7 @@ async def how_all_end(
     """Start requests on all ranks and break something: how the requests end, after how many seconds the last one does,
     and when the unit is whole again. `pytest -s` shows the times."""
     generations = [await engine.submit([5 + i, 6, 7], LONG) for i in range(6)]
-    assert await until(lambda: all(s.running for s in engine._stats), 10)
+    assert await until(lambda: all(s.running for s in engine._keeper.pulse.stats), 10)
 
     async def rest(generation: object) -> str:
         try:

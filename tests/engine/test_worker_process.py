@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from brigade.engine import client, process, unit
+from brigade.engine import keeper, process, unit
 from brigade.engine.client import Engine
 from brigade.engine.config import EngineConfig
 from brigade.engine.output import LoadError, Unavailable
@@ -70,7 +70,7 @@ async def test_a_worker_killed_by_a_signal_without_a_name_is_replaced_too() -> N
 async def test_restarting_goes_on_after_a_night_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder on a network disk that is away until morning."""
     monkeypatch.setattr(unit, "LONGEST_PAUSE", 0.0)
-    monkeypatch.setattr(client.log, "disabled", True)
+    monkeypatch.setattr(keeper.log, "disabled", True)
     engine, tried = Engine(EngineConfig()), 0
 
     async def fail(_: Any) -> None:
@@ -78,8 +78,8 @@ async def test_restarting_goes_on_after_a_night_of_failures(monkeypatch: pytest.
         tried += 1
         raise LoadError("the disk is away")
 
-    monkeypatch.setattr(engine, "_spawn", fail)
-    task = asyncio.ensure_future(engine._keep_alive())
+    monkeypatch.setattr(engine._keeper, "spawn", fail)
+    task = asyncio.ensure_future(engine._keeper.keep_alive())
     assert await until(lambda: task.done() or tried > 1200, 10)
     assert not task.done(), task.exception()
     task.cancel()
@@ -99,7 +99,7 @@ async def test_closing_while_requests_run_and_wait_ends_them_all_and_the_process
 async def test_closing_wakes_those_who_wait_for_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     others, engine = workers(), await Engine.start(EngineConfig())
     try:
-        monkeypatch.setattr(engine, "_spawn", lambda _: asyncio.sleep(60))
+        monkeypatch.setattr(engine._keeper, "spawn", lambda _: asyncio.sleep(60))
         os.kill((workers() - others).pop(), signal.SIGKILL)
         assert await until(lambda: not engine.health().ready, 2)
         asked = asyncio.ensure_future(engine.submit([5], GREEDY))

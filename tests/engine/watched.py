@@ -6,8 +6,9 @@ import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
-from brigade.engine.client import Engine, Unobserved
+from brigade.engine.client import Engine
 from brigade.engine.config import EngineConfig
+from brigade.engine.output import Unobserved
 from tests.engine.conftest import workers
 
 

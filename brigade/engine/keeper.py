@@ -1,0 +1,223 @@
+"""Keeps a unit running: starts it, hears it, watches it, replaces it. Knows no requests: those are its owner's.
+
+Life of a unit:
+1. started and told what to load; Loading... then Ready, or Failed.
+2. up: requests go out, each to one rank; steps come back, and every rank answers pings between steps.
+3. broken: a rank died, others waited for it in vain, or nothing came from it for too long (it is stuck and gets
+   killed). Generations on it end with Unavailable at once. The others go on when the unit is whole again, or end with
+   Unavailable if that takes longer than rank_deadline; new ones wait.
+4. lost: no rank is left that could go on. Every generation in flight ends with Unavailable, and a new unit is started:
+   at once, then after ever longer pauses.
+5. closed: the channels are closed; the processes end by themselves or are killed.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
+from brigade.engine.messages import FromWorker, Loading, Ping, Ready, Step, Wake
+from brigade.engine.output import LoadError, Observer
+from brigade.engine.pulse import Pulse
+from brigade.engine.rebalance import Rebalancer
+from brigade.engine.rendezvous import Rendezvous
+from brigade.engine.unit import Broken, Unit, UnitLost, Whole, pause
+from brigade.spec.model import ModelSpec
+
+log = logging.getLogger("brigade.engine")
+
+
+class Owner(Protocol):
+    """Whose requests the unit runs."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are any."""
+
+    def on_new(self, ready: Ready) -> None:
+        """A unit is up that knows nothing of one before."""
+
+    def on_message(self, rank: int, message: FromWorker) -> None: ...
+
+    def on_rank_lost(self, rank: int) -> None:
+        """It is being replaced; the other ranks wait, and keep what they have."""
+
+    def on_late(self, why: str) -> None:
+        """The other ranks have waited for long enough."""
+
+    def on_unit_lost(self) -> None:
+        """Nothing is left of it; another one is being started."""
+
+
+class Keeper:
+    """One unit after another. Use it from one event loop."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        config: EngineConfig,
+        spec: ModelSpec,
+        experts: Rebalancer,
+        observer: Observer,
+        hosts: HostsConfig | None,
+        kv: KvConfig | None,
+    ) -> None:
+        self._owner, self._config, self._spec, self._experts = owner, config, spec, experts
+        self._observer, self._hosts, self._kv = observer, hosts, kv
+        self.unit: Unit | None = None
+        self.up = asyncio.Event()
+        """Set while requests can be given to its ranks."""
+        self.ready: Ready
+        self.failure = "the model is being loaded"
+        """Why it is not up."""
+        self.pulse = Pulse(config)
+        self._rendezvous: Rendezvous | None = None
+        self._wakes = itertools.count(1)
+        self._broken_at: dict[int, float] = {}
+        """Ranks that were lost since the unit was whole -> when."""
+        self._patience: asyncio.TimerHandle | None = None
+
+    async def meet(self) -> None:
+        """Wait for the other hosts, if there are any. Raises LoadError."""
+        if self._hosts is not None:
+            self._rendezvous = await Rendezvous.open(self._config, self._hosts)
+            await self._rendezvous.wait()
+
+    async def spawn(self, progress: Callable[[Loading], None]) -> None:
+        """Start a unit and wait until it is ready. Raises LoadError."""
+        others = self._rendezvous.hosts if self._rendezvous else []
+        self.unit, self.ready = await Unit.start(
+            self._config, self._spec, progress, self._experts.where, self._hosts, others, self._kv
+        )
+        self._owner.on_new(self.ready)
+        self.pulse.begin()
+        self._experts.up(self.unit.send, self.wake_all)
+        self.up.set()
+
+    async def keep_alive(self) -> None:
+        """Serve with one unit after another. The first one is up already."""
+        n_failed = 0
+        while True:
+            if self.up.is_set():
+                served = await self._serve_unit()
+                n_failed = 0 if served else n_failed + 1
+            await asyncio.sleep(pause(n_failed))
+            self._observer.restarted()
+            try:
+                await self.spawn(lambda _: None)
+                log.warning("the worker was restarted")
+            except LoadError as e:
+                n_failed += 1
+                self.failure = f"the worker cannot be restarted: {e}"
+                log.error(self.failure)
+                await self._bury()
+
+    async def watch(self) -> None:
+        """Ping every rank; kill one that is stuck, so that nothing waits for it for ever."""
+        for seq in itertools.count():
+            await asyncio.sleep(self.pulse.every())
+            if not self.up.is_set() or self.unit is None:
+                self.pulse.rest()
+                continue
+            for rank in range(self._config.ranks):
+                if silent := self.pulse.silent(rank, self._owner.busy):
+                    why = f"nothing came from it for {silent:.1f} s"
+                    log.error("%s: %s; killing it", self.pulse.who(rank), why)
+                    self.unit.kill(rank, why)
+                else:
+                    self.unit.send(rank, Ping(seq))
+
+    def next_wake(self) -> int:
+        """The number of a call that has all ranks run steps."""
+        return next(self._wakes)
+
+    def wake_all(self) -> None:
+        """Have the ranks meet once, asleep or not."""
+        if self.unit is not None:
+            wake = Wake(self.next_wake())
+            for rank in range(self._config.ranks):
+                self.unit.send(rank, wake)
+
+    def wait_no_longer(self) -> None:
+        """Whoever waits for a unit that is not whole has been told."""
+        if self._patience is not None:
+            self._patience.cancel()
+        self._patience, self._broken_at = None, {}
+
+    async def close(self) -> None:
+        """End the unit and let the other hosts go. Nothing else may run here any more."""
+        unit, self.unit = self.unit, None
+        if unit is not None:
+            await unit.end()
+        await self.send_away()
+
+    async def send_away(self, failure: str = "") -> None:
+        """Let the other hosts go; `failure`: why the engine could not start."""
+        rendezvous, self._rendezvous = self._rendezvous, None
+        if rendezvous is not None:
+            await rendezvous.close(failure or "the head was ended", bool(failure))
+
+    async def _serve_unit(self) -> bool:
+        """Hand messages out until the unit is lost; whether it finished any step."""
+        unit, served = self.unit, False
+        assert unit is not None
+        try:
+            while True:
+                match await unit.receive():
+                    case Broken(rank, why, unnoticed):
+                        self._on_broken(rank, why, unnoticed)
+                    case Whole(ready):
+                        self._on_whole(ready)
+                    case (rank, message):
+                        served |= isinstance(message, Step)
+                        self.pulse.hear(rank, message)
+                        self._owner.on_message(rank, message)
+        except UnitLost as e:
+            self.up.clear()
+            self.wait_no_longer()
+            self._experts.lost()
+            self.pulse.all_lost()
+            self.failure = f"the worker process was lost ({e}); it is being restarted"
+            # Clients first: finding out why can take a moment.
+            self._owner.on_unit_lost()
+            log.error("the worker process was lost: %s", e)
+        if ends := await self._bury():
+            log.error("what was left of it was ended: %s", ends)
+        return served
+
+    def _on_broken(self, rank: int, why: str, unnoticed: float) -> None:
+        """A rank is lost: its requests end now, those of the others if the unit is not whole again in time."""
+        self.up.clear()
+        self._experts.lost()
+        self.failure = f"{why}; it is being replaced"
+        self._owner.on_rank_lost(rank)
+        log.error("lost and being replaced: %s", why)
+        self.pulse.lost(rank)
+        self._observer.restarted()
+        self._broken_at.setdefault(rank, time.monotonic())
+        if self._patience is None:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(self._config.rank_deadline - unnoticed, self._give_up_survivors)
+
+    def _give_up_survivors(self) -> None:
+        """The other ranks have waited for long enough: their requests end, too. The replacement goes on."""
+        self._owner.on_late(f"the unit is not whole again within {self._config.rank_deadline:g} s: {self.failure}")
+
+    def _on_whole(self, ready: Ready) -> None:
+        took = time.monotonic() - min(self._broken_at.values())
+        log.warning("all ranks are there again after %.1f s: replaced %s", took, sorted(self._broken_at))
+        self.wait_no_longer()
+        self.ready = ready
+        self.pulse.begin()
+        if self.unit is not None:
+            self._experts.up(self.unit.send, self.wake_all)
+        self.up.set()
+
+    async def _bury(self) -> str:
+        """Part with the current unit; says how it ended."""
+        self.up.clear()
+        unit, self.unit = self.unit, None
+        return await unit.end() if unit is not None else ""
