@@ -9,14 +9,15 @@ from itertools import pairwise
 
 from brigade.cli.deployed import Deployed, others_can_read
 from brigade.cli.fault import Fault
+from brigade.cli.ports import Port, is_fleet, kv_link, ports
 from brigade.cli.units import show_size
 from brigade.comm.segment import Shape
 from brigade.core import placement
 from brigade.core.placement import Placement
 from brigade.engine.auto import Machine
 from brigade.engine.config import EngineConfig
-from brigade.spec.deploy import Deployment, Units, is_loopback
-from brigade.spec.layout import Layout
+from brigade.spec.deploy import Deployment, Units
+from brigade.spec.layout import Layout, is_loopback, n_sharing
 from brigade.spec.memory import Part, WeightKind, kv_bytes, weight_bytes
 from brigade.spec.model import ModelSpec
 
@@ -76,14 +77,6 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Port:
-    where: str
-    port: str
-    who: str
-    guard: str
-
-
-@dataclass(frozen=True)
 class Explained:
     file: str
     values: tuple[Value, ...]
@@ -104,7 +97,7 @@ def explain(deployed: Deployed, spec: ModelSpec, machine: Machine) -> Explained:
         file=str(deployed.file),
         values=_values(deployed, spec),
         units=tuple(units),
-        ports=_ports(d),
+        ports=ports(d),
         notes=(*cannot_run(deployed, spec), *_notes(deployed)),
     )
 
@@ -119,12 +112,6 @@ def cannot_run(deployed: Deployed, spec: ModelSpec) -> list[str]:
         runs = "one unit of role mixed, or units of roles prefill and decode, at least one of each"
         out.append(f"units: {what}; this version runs {runs}, so `brigade up` refuses the file")
         return out
-    if is_fleet(d) and not all(is_loopback(h) for u in d.units for h in u.hosts):
-        out.append(
-            "units: this version runs prefill and decode units on one machine, so `brigade up` refuses the file; "
-            "leave hosts out"
-        )
-        return out
     for i, units in enumerate(d.units):
         out += _unit_problems(f"units[{i}]", units, units.layouts()[0], spec)
         try:
@@ -132,11 +119,6 @@ def cannot_run(deployed: Deployed, spec: ModelSpec) -> list[str]:
         except Fault as e:
             out.append(str(e))
     return out
-
-
-def is_fleet(d: Deployment) -> bool:
-    """Whether prompts are computed by units of their own."""
-    return {u.role for u in d.units} == {"prefill", "decode"}
 
 
 def _unit_problems(name: str, units: Units, layout: Layout, spec: ModelSpec) -> list[str]:
@@ -163,8 +145,10 @@ def _values(deployed: Deployed, spec: ModelSpec) -> tuple[Value, ...]:
         Value("weights", _kind(d) if d.weights != "auto" else "auto", why_weights + scaled),
         Value("listen", f"{d.listen[0]}:{d.listen[1]}", _why("listen" in d.given, "this machine only")),
         Value("clients' keys", *_key(deployed, d.api_key_file, "api_key_file", "only this machine can reach it")),
-        Value("host_port", str(d.host_port), _why("host_port" in d.given, "used where a unit has several hosts")),
-        Value("hosts' secret", *_key(deployed, d.secret_file, "secret_file", "no unit has several hosts")),
+        Value("gateway", d.head, _why("gateway" in d.given, "the first host of the first unit")),
+        Value("host_port", str(d.host_port), _why("host_port" in d.given, "used where hosts join the gateway")),
+        Value("hosts' secret", *_key(deployed, d.secret_file, "secret_file", "no host joins the gateway")),
+        *([Value("KV transfer", *kv_link(d))] if is_fleet(d) else []),
     )
 
 
@@ -286,7 +270,7 @@ def _available(d: Deployment, machine: Machine, layout: Layout) -> tuple[int | N
         return d.rank_memory, "rank_memory"
     if not all(is_loopback(h.address) for h in layout.hosts):
         return None, ""
-    n_here = sum(x.n_ranks for u in d.units for x in u.layouts())
+    n_here = n_sharing([x for u in d.units for x in u.layouts()], layout.hosts[0].address)
     return machine.free_bytes // n_here, f"{show_size(machine.free_bytes)} free here, shared by {n_here} ranks"
 
 
@@ -313,23 +297,6 @@ def _segment(spec: ModelSpec, layout: Layout, config: EngineConfig) -> int:
     return Shape(max(layout.sizes), config.max_step_tokens * times, spec.dim, top_k).size
 
 
-def _ports(d: Deployment) -> tuple[Port, ...]:
-    address, port = d.listen
-    guard = "the key of api_key_file" if d.api_key_file else "none, but only as localhost"
-    who = "this machine" if is_loopback(address) else "whoever reaches this address"
-    out = [Port(address, str(port), f"clients: {who}", guard)]
-    for units in d.units:
-        for layout in units.layouts():
-            if len(layout.hosts) == 1:
-                continue
-            guard, head = "the secret of secret_file", layout.hosts[0].address
-            out.append(Port(head, str(d.host_port), f"the unit's other hosts ({len(layout.hosts) - 1})", guard))
-            for host in layout.hosts:
-                free = f"{host.n_ranks} free ones"
-                out.append(Port(host.address, free, "ranks of the unit's other hosts", guard))
-    return tuple(out)
-
-
 def _notes(deployed: Deployed) -> list[str]:
     d, out = deployed.what, []
     for key in ("api_key_file", "secret_file"):
@@ -341,7 +308,7 @@ def _notes(deployed: Deployed) -> list[str]:
             out.append(f"{key}: {path} is not there yet; (umask 077; openssl rand -hex 32 > {path})")
         elif others_can_read(path):
             out.append(f"{key}: others than its owner may use {path}, so it is refused; chmod 600 it")
-    if any(len(x.hosts) > 1 for u in d.units for x in u.layouts()):
+    if d.other_hosts:
         out.append("traffic between hosts is not encrypted: let them reach each other over a network of your own")
     return out
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from brigade.cli.deployed import Deployed
 from brigade.cli.deployment_file import read_deployment
-from brigade.cli.explained import cannot_run, is_fleet, memory_of
+from brigade.cli.explained import cannot_run, memory_of
 from brigade.cli.fault import Fault
+from brigade.cli.ports import is_fleet
 from brigade.cli.secret import read_secret
 from brigade.engine.auto import this_machine
 from brigade.engine.config import EngineConfig, HostsConfig
@@ -23,32 +24,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a deployment runs: one unit, or a fleet of several on this machine."""
+    """What a deployment runs: one unit, or a fleet of several."""
 
     deployed: Deployed
-    layout: Layout
-    engine: EngineConfig
+    layouts: tuple[Layout, ...]
+    """Of each unit."""
+    runs: EngineConfig | FleetConfig
     hosts: HostsConfig | None
-    """None: the unit is on one host."""
-    fleet: FleetConfig | None = None
-    """All units where prompts are computed by units of their own; `engine` is the first of them then."""
+    """None: all ranks are on this machine."""
+
+    @property
+    def units(self) -> tuple[EngineConfig, ...]:
+        return self.runs.units if isinstance(self.runs, FleetConfig) else (self.runs,)
 
     def join(self, address: str, wait: float) -> "JoinConfig":
-        """How the host with this address joins the unit. Raises Fault for an address that is not in the file."""
+        """How the host with this address joins. Raises Fault for an address that is not in the file."""
         from brigade.engine.supervisor import JoinConfig
         from brigade.engine.terms import layout_terms
 
-        others = [h.address for h in self.layout.hosts[1:]]
+        others = self.hosts.others if self.hosts else ()
         if self.hosts is None or address not in others:
             known = f"they are {', '.join(others)}" if others else "there are none"
             raise Fault(f"{self.deployed.file}: {address} is not one of the hosts that join; {known}", 2)
+        names = self.runs.names if isinstance(self.runs, FleetConfig) else ("the unit",)
         return JoinConfig(
-            head=(self.layout.hosts[0].address, self.hosts.port),
+            head=(self.hosts.here, self.hosts.port),
             address=address,
             secret=self.hosts.secret,
-            model=self.engine.model,
+            model=self.units[0].model,
             wait=wait,
-            terms=layout_terms(self.layout, self.engine),
+            terms=layout_terms(self.layouts, self.units, names),
         )
 
 
@@ -61,18 +66,19 @@ def read_launch(file: Path) -> Launch:
         raise Fault(str(e), 2) from e
     if problems := cannot_run(deployed, spec):
         raise Fault(f"{file}: {problems[0].removeprefix(f'{file}: ')}", 2)
-    layout = deployed.what.units[0].layouts()[0]
-    fleet = _fleet(deployed, spec) if is_fleet(deployed.what) else None
-    return Launch(deployed, layout, engine_config(deployed, spec), _hosts(deployed, layout), fleet)
-
-
-def _fleet(deployed: Deployed, spec: ModelSpec) -> FleetConfig:
-    units = deployed.what.units
-    prefill, decode = (
-        tuple(engine_config(deployed, spec, u) for u in units if u.role == role for _ in range(u.count))
-        for role in ("prefill", "decode")
-    )
-    return FleetConfig(prefill=prefill, decode=decode)
+    d = deployed.what
+    by_role = {
+        role: [(engine_config(deployed, spec, u), layout) for u in d.units if u.role == role for layout in u.layouts()]
+        for role in ("mixed", "prefill", "decode")
+    }
+    layouts = tuple(layout for placed in by_role.values() for _, layout in placed)
+    runs: EngineConfig | FleetConfig
+    if is_fleet(d):
+        prefill, decode = (tuple(config for config, _ in by_role[role]) for role in ("prefill", "decode"))
+        runs = FleetConfig(prefill=prefill, decode=decode)
+    else:
+        [(runs, _)] = by_role["mixed"]
+    return Launch(deployed, layouts, runs, _hosts(deployed, layouts))
 
 
 def engine_config(deployed: Deployed, spec: ModelSpec, units: Units | None = None) -> EngineConfig:
@@ -89,8 +95,9 @@ def engine_config(deployed: Deployed, spec: ModelSpec, units: Units | None = Non
     return replace(engine, kv_bytes=memory.kv_cache)
 
 
-def _hosts(deployed: Deployed, layout: Layout) -> HostsConfig | None:
+def _hosts(deployed: Deployed, layouts: tuple[Layout, ...]) -> HostsConfig | None:
     d = deployed.what
-    if len(layout.hosts) == 1 or d.secret_file is None:
+    if not d.other_hosts or d.secret_file is None:
         return None
-    return HostsConfig(layout=layout, secret=read_secret(str(deployed.path(d.secret_file))), port=d.host_port)
+    secret = read_secret(str(deployed.path(d.secret_file)))
+    return HostsConfig(layouts=layouts, head=d.head, secret=secret, port=d.host_port)

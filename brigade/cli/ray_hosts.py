@@ -1,9 +1,9 @@
-"""Ray places the other hosts of a unit: one supervisor actor on each. The only user of Ray, an optional extra.
+"""Ray places the hosts that join the gateway: one supervisor actor on each. The only user of Ray, an optional extra.
 
-1. connect to the cluster, from a machine of it that is the unit's first host
-2. a placement group reserves each host's ranks, one host a node; what is missing at the deadline is named
+1. connect to the cluster, from the machine of it that is the gateway
+2. a placement group reserves each host's ranks, of all units, one host a node; what is missing at the deadline is named
 3. each actor runs the supervisor that `brigade join` runs; Ray starts it again if its process dies
-4. the unit's end ends the actors
+4. the gateway's end ends the actors
 
 Ray only places. It sees a host that was cut off after a minute; the supervisors and the head notice it by themselves.
 """
@@ -31,14 +31,15 @@ PIN = 0.001
 
 @contextmanager
 def placed(launch: "Launch", address: str, seconds: float = PLACE_S) -> Iterator[None]:
-    """The unit's other hosts call the head as long as this lasts. Raises Fault if they cannot be placed."""
+    """The other hosts call the gateway as long as this lasts. Raises Fault if they cannot be placed."""
     if launch.hosts is None:
-        raise Fault(f"{launch.deployed.file}: --ray is for units on several hosts; give units[0].hosts", 2)
+        raise Fault(f"{launch.deployed.file}: --ray is for several hosts; give hosts in 'units'", 2)
+    n_ranks = ranks_by_host(launch.hosts.here, launch.layouts)
     ray = _connect(address)
     group, actors = None, []
     try:
-        group = _reserve(ray, launch.layout, seconds)
-        actors = _start(ray, group, launch)
+        group = _reserve(ray, n_ranks, seconds)
+        actors = _start(ray, group, launch, n_ranks)
         yield
     finally:
         for actor in actors:
@@ -48,15 +49,23 @@ def placed(launch: "Launch", address: str, seconds: float = PLACE_S) -> Iterator
         ray.shutdown()
 
 
-def missing(layout: Layout, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What keeps hosts of the layout from being placed on these nodes (`ray.nodes()`). Pure."""
+def ranks_by_host(gateway: str, layouts: Sequence[Layout]) -> dict[str, int]:
+    """How many ranks, of all units, each host has; the gateway is one, also without any. Pure."""
+    out = {gateway: 0}
+    for host in (host for layout in layouts for host in layout.hosts):
+        out[host.address] = out.get(host.address, 0) + host.n_ranks
+    return out
+
+
+def missing(n_ranks: Mapping[str, int], nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What keeps hosts with so many ranks from being placed on these nodes (`ray.nodes()`). Pure."""
     alive = {str(n["NodeManagerAddress"]): n.get("Resources", {}) for n in nodes if n.get("Alive")}
     out = []
-    for host in layout.hosts:
-        if host.address not in alive:
-            out.append(f"{host.address} is no node of the cluster ({', '.join(sorted(alive)) or 'it has none'})")
-        elif (cpus := alive[host.address].get("CPU", 0)) < host.n_ranks:
-            out.append(f"{host.address} has {cpus:g} CPUs in all, fewer than its {host.n_ranks} ranks")
+    for address, n in n_ranks.items():
+        if address not in alive:
+            out.append(f"{address} is no node of the cluster ({', '.join(sorted(alive)) or 'it has none'})")
+        elif (cpus := alive[address].get("CPU", 0)) < n:
+            out.append(f"{address} has {cpus:g} CPUs in all, fewer than its {n} ranks")
     return out
 
 
@@ -86,30 +95,30 @@ def _check_reachable(address: str) -> None:
         raise Fault(f"--ray {address}: no cluster answers there ({e}); start it with `ray start --head`") from e
 
 
-def _reserve(ray: Any, layout: Layout, seconds: float) -> Any:
+def _reserve(ray: Any, n_ranks: Mapping[str, int], seconds: float) -> Any:
     """A placement group with a bundle for each host, on the node with its address. Raises Fault at the deadline."""
     from ray.util.placement_group import placement_group
 
-    bundles = [{"CPU": float(h.n_ranks), f"node:{h.address}": PIN} for h in layout.hosts]
+    bundles = [{**({"CPU": float(n)} if n else {}), f"node:{address}": PIN} for address, n in n_ranks.items()]
     group = placement_group(bundles, strategy="STRICT_SPREAD")
     if group.wait(timeout_seconds=seconds):
         return group
-    why = missing(layout, ray.nodes()) or ["its nodes have the CPUs, but others use them"]
+    why = missing(n_ranks, ray.nodes()) or ["its nodes have the CPUs, but others use them"]
     ray.util.remove_placement_group(group)
     raise Fault(f"Ray did not place the hosts within {seconds:g} s: {'; '.join(why)}")
 
 
-def _start(ray: Any, group: Any, launch: "Launch") -> list[Any]:
-    """A supervisor on each host but the first."""
+def _start(ray: Any, group: Any, launch: "Launch", n_ranks: Mapping[str, int]) -> list[Any]:
+    """A supervisor on each host but the gateway, which is the first."""
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     # Its process may die with the machine: it is started again, and so is its one call, until it is killed.
     supervisor = ray.remote(max_restarts=-1, max_task_retries=-1)(Supervisor)
     actors = []
-    for i, host in enumerate(launch.layout.hosts[1:], 1):
-        join = launch.join(host.address, JOIN_S)
+    for i, (host, n) in list(enumerate(n_ranks.items()))[1:]:
+        join = launch.join(host, JOIN_S)
         where = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=i)
-        actor = supervisor.options(num_cpus=host.n_ranks, scheduling_strategy=where).remote()
+        actor = supervisor.options(num_cpus=n, scheduling_strategy=where).remote()
         actor.run.remote(*join.head, join.address, join.secret, join.model, join.wait, dict(join.terms))
         actors.append(actor)
     return actors

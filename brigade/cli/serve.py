@@ -131,7 +131,7 @@ def serve(
             depth=depth,
             redundant_experts=redundant_experts,
             rebalance=rebalance,
-            ranks=several.layout.n_ranks if several and ranks == _ENGINE.ranks else ranks,
+            ranks=several.layouts[0].n_ranks if several and ranks == _ENGINE.ranks else ranks,
             wire=cast(Wire, wire),
             micro_batches=micro_batches,
             threads=threads,
@@ -184,7 +184,7 @@ def parse_hosts(hosts: str, secret_file: str, port: int) -> HostsConfig:
         raise Fault(f"--hosts: '{hosts}' must be like 10.0.0.1=4,10.0.0.2=4", 2)
     try:
         layout = Layout(tuple(Host(address.strip(), int(n)) for address, _, n in named))
-        return HostsConfig(layout=layout, secret=read_secret(secret_file), port=port)
+        return HostsConfig(layouts=(layout,), secret=read_secret(secret_file), port=port)
     except ValueError as e:
         raise Fault(f"--hosts: {e}", 2) from e
 
@@ -249,7 +249,7 @@ async def _load_and_serve(
     engine: Engine | Fleet
     if isinstance(engine_config, FleetConfig):
         with _loading(engine_config.prefill[0].model) as progress:
-            engine = await Fleet.start(engine_config, progress=progress, observer=metrics)
+            engine = await Fleet.start(engine_config, progress=progress, observer=metrics, hosts=hosts)
     else:
         with _loading(engine_config.model) as progress:
             engine = await Engine.start(engine_config, progress=progress, observer=metrics, hosts=hosts)

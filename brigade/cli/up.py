@@ -17,7 +17,7 @@ def up(
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LOG_LEVELS)}.")] = "info",
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
-    """Run a deployment file; this machine is its first host, the others run `brigade join`. Ctrl-C ends it."""
+    """Run a deployment file; this machine is its gateway, the others run `brigade join`. Ctrl-C ends it."""
     check_log_level(log_level)
     from brigade.cli.launch import read_launch
     from brigade.cli.ray_hosts import placed
@@ -25,4 +25,4 @@ def up(
     launch = read_launch(file)
     web = launch.deployed.serve_config()
     with placed(launch, ray) if ray else nullcontext():
-        start(launch.fleet or launch.engine, web, log_level, launch.hosts, until_eof)
+        start(launch.runs, web, log_level, launch.hosts, until_eof)

@@ -52,6 +52,7 @@ from brigade.engine.output import (
 from brigade.engine.pulse import added
 from brigade.engine.rebalance import Rebalancer
 from brigade.engine.router import Router
+from brigade.engine.site import Site
 from brigade.engine.tokenizer import Tokenizer
 from brigade.engine.unit import Unit
 from brigade.spec.config import BadConfig, read_json, read_spec
@@ -70,7 +71,7 @@ class Engine:
         self,
         config: EngineConfig,
         observer: Observer | None = None,
-        hosts: HostsConfig | None = None,
+        hosts: HostsConfig | Site | None = None,
         kv: KvConfig | None = None,
     ) -> None:
         """Reads the small files of the checkpoint. Raises LoadError."""
@@ -89,7 +90,7 @@ class Engine:
             )
         self.config = config
         try:
-            self.experts = Rebalancer(config, self.spec, hosts.layout.n_nodes if hosts else 1)
+            self.experts = Rebalancer(config, self.spec, _n_nodes(hosts))
         except ValueError as e:
             raise LoadError(str(e)) from e
         self._observer = observer or Unobserved()
@@ -111,12 +112,12 @@ class Engine:
         *,
         progress: Callable[[Loading], None] | None = None,
         observer: Observer | None = None,
-        hosts: HostsConfig | None = None,
+        hosts: HostsConfig | Site | None = None,
         kv: KvConfig | None = None,
     ) -> "Engine":
         """Load a model and return when it can answer. Raises LoadError.
 
-        `hosts`: where the ranks run, and how the other hosts reach this one, which is the first; None: all run here.
+        `hosts`: where the ranks run: hosts that are waited for, or a site whose hosts are there; None: all run here.
         `kv`: how its ranks and those of other units give each other prompts.
         """
         engine = cls(config, observer, hosts, kv)
@@ -389,3 +390,10 @@ class Engine:
     def _drop_all(self, why: str) -> None:
         for generation in list(self._generations.values()):
             generation.fail(Unavailable(why))
+
+
+def _n_nodes(hosts: HostsConfig | Site | None) -> int:
+    """Nodes that experts are placed by."""
+    if hosts is None:
+        return 1
+    return (hosts.layout if isinstance(hosts, Site) else hosts.layouts[0]).n_nodes

@@ -11,6 +11,8 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Kind = Literal["bf16", "int8", "int4"]
 Weights = Literal["auto", "bf16", "int8", "int4"]
 Wire = Literal["auto", "bf16", "int8", "fp8"]
+Link = Literal["shared", "tcp"]
+"""How prompts get from rank to rank: through memory where two share a host, over TCP where not; or all over TCP."""
 
 JOIN_PORT = 7000
 """Where the head of several hosts listens for them unless told otherwise."""
@@ -75,7 +77,7 @@ class EngineConfig:
             ("max_waiting", 0, 1 << 20),
             ("max_step_tokens", 1, 1 << 20),
             ("depth", 1, 4),
-            ("ranks", 1, 64),
+            ("ranks", 1, 1024),
             ("redundant_experts", 0, 4096),
             ("rebalance", 0, 86400),
             ("rank_deadline", 0.1, 3600),
@@ -109,16 +111,30 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostsConfig:
-    """On which hosts a unit runs, and how they reach its head. Raises ValueError for values that cannot work."""
+    """On which hosts units run, and how they reach the head. Raises ValueError for values that cannot work."""
 
-    layout: Layout
-    """The head is the first host; it listens on its own address there."""
+    layouts: tuple[Layout, ...]
+    """Of each unit. A host may have ranks of several."""
+    head: str = ""
+    """Address of the host whose process serves the clients; it listens on it, and need not have ranks. Empty: the first
+    host of the first unit."""
     secret: bytes = field(repr=False)
     """At least 16 bytes, the same on all hosts."""
     port: int = JOIN_PORT
     """Where supervisors call; 0 takes a free one."""
     wait: float = 300.0
     """Seconds that the head waits for all hosts at the start."""
+
+    @property
+    def here(self) -> str:
+        """Address of the head."""
+        return self.head or self.layouts[0].hosts[0].address
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Addresses of the hosts that join the head, in the order of the layouts."""
+        every = (host.address for layout in self.layouts for host in layout.hosts)
+        return tuple(address for address in dict.fromkeys(every) if address != self.here)
 
     def __post_init__(self) -> None:
         if len(self.secret) < 16:  # whoever can connect is given an HMAC, so a short one could be guessed at leisure
@@ -131,16 +147,21 @@ class HostsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvConfig:
-    """How the ranks of one unit give prompts to those of others, or take them. One value for all ranks of a unit."""
+    """How the ranks of one unit give prompts to those of others, or take them.
+
+    The unit says what is the same for all its ranks; the rest is known where they run (`brigade.engine.kv_host`).
+    """
 
     role: Literal["prefill", "decode"]
-    n_here: int
+    link: Link = "shared"
+    n_here: int = 1
     """Ranks of all units on this machine: they share its cores and its memory."""
     files: tuple[int, ...] = ()
-    """Shared memory of the caches of all prefill ranks on this machine: file numbers, which processes inherit."""
+    """Shared memory of the caches of all ranks of all units: file numbers, which processes inherit; -1 for those on
+    other hosts."""
     first: int = 0
     """Which of them is that of this unit's rank 0; those of its other ranks follow."""
     address: str = ""
     """Where prefill ranks listen, each on a port of its own, for ranks that share no memory; empty: nowhere."""
     secret: bytes = field(default=b"", repr=False)
-    """What ranks know each other by over TCP."""
+    """What ranks know each other by over TCP. Never sent: every host derives it."""

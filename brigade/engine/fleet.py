@@ -7,24 +7,24 @@ whole again, with the same text: nobody has to ask again.
 
 import asyncio
 import itertools
-import os
 import random
-import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-from brigade.comm.kv.shared import create
 from brigade.core.handover import Deadlines, Event, State
 from brigade.engine.client import Engine
-from brigade.engine.config import EngineConfig, KvConfig
+from brigade.engine.config import EngineConfig, HostsConfig, KvConfig, Link
 from brigade.engine.flight import Flight, RequestPart, Side
 from brigade.engine.generation import Generation
+from brigade.engine.kv_host import KvHost
 from brigade.engine.messages import Loading, Ready, Stats
 from brigade.engine.output import Health, LoadError, Observer, QueueFull, Unavailable, Unobserved
 from brigade.engine.pulse import added
+from brigade.engine.rendezvous import Rendezvous
 from brigade.engine.router import Router
+from brigade.engine.site import Site
+from brigade.spec.layout import Layout, links, on_one_host
 from brigade.spec.sampling import SamplingParams
 
 RETRY_EVERY = 0.02
@@ -33,11 +33,11 @@ RETRY_EVERY = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetConfig:
-    """Which units a fleet has, all on this machine. Raises ValueError for what cannot work together."""
+    """Which units a fleet has. Raises ValueError for what cannot work together."""
 
     prefill: tuple[EngineConfig, ...]
     decode: tuple[EngineConfig, ...]
-    link: Literal["shared", "tcp"] = "shared"
+    link: Link = "shared"
     """How prompts get from one to the other."""
     deadlines: Deadlines = field(default_factory=Deadlines)
 
@@ -53,7 +53,18 @@ class FleetConfig:
 
     @property
     def units(self) -> tuple[EngineConfig, ...]:
+        """Those of the prefill units first: every list of a fleet's units has this order."""
         return self.prefill + self.decode
+
+    @property
+    def roles(self) -> tuple[Side, ...]:
+        sides: tuple[Side, ...] = ("prefill", "decode")
+        return tuple(side for side in sides for _ in getattr(self, side))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the units, for people: "prefill 0", "decode 0", "decode 1"."""
+        return tuple(f"{role} {self.roles[:i].count(role)}" for i, role in enumerate(self.roles))
 
 
 class _Pool:
@@ -89,7 +100,10 @@ class Fleet:
         self.ready: Ready
         self._narrowest: Engine
         self._pools: dict[Side, _Pool] = {}
-        self._files: list[int] = []
+        self._layouts: tuple[Layout, ...] = ()
+        """Of each unit."""
+        self._rendezvous: Rendezvous | None = None
+        self._kv: KvHost | None = None
         self._flights: dict[int, Flight] = {}
         self._rids = itertools.count()
         self._parked: list[Callable[[], None]] = []
@@ -109,46 +123,34 @@ class Fleet:
         *,
         progress: Callable[[Loading], None] | None = None,
         observer: Observer | None = None,
+        hosts: HostsConfig | None = None,
     ) -> "Fleet":
-        """Load the model into all units and return when they can answer. Raises LoadError."""
+        """Load the model into all units and return when they can answer. Raises LoadError.
+
+        `hosts`: where each unit of `config.units` runs, and how the others reach this one; None: all run here.
+        """
         fleet = cls(config, observer)
         try:
-            await fleet._start(progress or (lambda _: None))
-        except BaseException:
-            await fleet.close()
+            await fleet._start(progress or (lambda _: None), hosts)
+        except BaseException as e:
+            await fleet.close(str(e) if isinstance(e, LoadError) else "")
             raise
         return fleet
 
-    async def _start(self, progress: Callable[[Loading], None]) -> None:
-        configs, n_prefill = self.config_of_fleet.units, len(self.config_of_fleet.prefill)
-        told = [Loading(0, 0)] * len(configs)
-        secret = secrets.token_bytes(32)
-        if self.config_of_fleet.link == "shared":
-            try:
-                self._files = [create() for config in self.config_of_fleet.prefill for _ in range(config.ranks)]
-            except OSError as e:
-                raise LoadError(f"no memory can be shared between units: {e}") from e
-        firsts = itertools.accumulate((c.ranks for c in configs), initial=0)
+    async def _start(self, progress: Callable[[Loading], None], hosts: HostsConfig | None) -> None:
+        units = self.config_of_fleet.units
+        told = [Loading(0, 0)] * len(units)
+        sites = await self._sites(hosts)
 
-        def hear(i: int) -> Callable[[Loading], None]:
+        async def start(i: int) -> Engine:
             def tell(loading: Loading) -> None:
                 told[i] = loading
                 progress(Loading(sum(x.done for x in told), sum(x.total for x in told)))
 
-            return tell
+            kv = KvConfig(role=self.config_of_fleet.roles[i], link=self.config_of_fleet.link)
+            return await Engine.start(units[i], progress=tell, observer=self._observer, hosts=sites[i], kv=kv)
 
-        async def start(i: int, first: int) -> Engine:
-            kv = KvConfig(
-                role="prefill" if i < n_prefill else "decode",
-                n_here=sum(c.ranks for c in configs),
-                files=tuple(self._files),
-                first=first if i < n_prefill else 0,
-                address="127.0.0.1" if self.config_of_fleet.link == "tcp" and i < n_prefill else "",
-                secret=secret,
-            )
-            return await Engine.start(configs[i], progress=hear(i), observer=self._observer, kv=kv)
-
-        starting = [asyncio.create_task(start(i, first)) for i, first in zip(range(len(configs)), firsts, strict=False)]
+        starting = [asyncio.create_task(start(i)) for i in range(len(units))]
         try:
             await asyncio.wait(starting, return_when=asyncio.FIRST_EXCEPTION)
         finally:
@@ -156,19 +158,42 @@ class Fleet:
                 task.cancel()  # no more than a word to those that are up
             ends = await asyncio.gather(*starting, return_exceptions=True)
             self.engines = [engine for engine in ends if isinstance(engine, Engine)]
-        for end in ends:
+        for name, end in zip(self.config_of_fleet.names, ends, strict=True):
             if isinstance(end, LoadError):
-                raise end  # `close` ends those that are up
+                raise LoadError(f"{name}: {end}") from end  # `close` ends those that are up
         for task in starting:
             task.result()
-        self._pools = {
-            "prefill": _Pool("prefill", self.engines[:n_prefill], configs[:n_prefill]),
-            "decode": _Pool("decode", self.engines[n_prefill:], configs[n_prefill:]),
-        }
+        self._open_pools()
+
+    async def _sites(self, hosts: HostsConfig | None) -> list[Site]:
+        """Where each unit runs; all its hosts are there. Raises LoadError."""
+        config = self.config_of_fleet
+        if hosts is None:
+            layouts = self._layouts = tuple(on_one_host(unit.ranks) for unit in config.units)
+            self._kv = KvHost.create(layouts[0].hosts[0].address, layouts)
+            return [Site(layout, unit=i, kv=self._kv) for i, layout in enumerate(layouts)]
+        self._layouts = hosts.layouts
+        self._kv = KvHost.create(hosts.here, hosts.layouts, hosts.secret)
+        self._rendezvous = await Rendezvous.open(config.units, hosts, config.names)
+        await self._rendezvous.wait()
+        return [
+            Site(layout, self._rendezvous.units[i], hosts.secret, i, self._kv) for i, layout in enumerate(hosts.layouts)
+        ]
+
+    def _open_pools(self) -> None:
+        """All units are up."""
+        config = self.config_of_fleet
+        for side in ("prefill", "decode"):
+            its = [i for i, role in enumerate(config.roles) if role == side]
+            self._pools[side] = _Pool(side, [self.engines[i] for i in its], [config.units[i] for i in its])
         self._narrowest = min(self.engines, key=lambda e: e.ready.max_context)
-        notes = [f"{n_prefill} prefill and {len(configs) - n_prefill} decode units, over {self.config_of_fleet.link}"]
-        roles = ["prefill"] * n_prefill + ["decode"] * (len(configs) - n_prefill)
-        notes += [f"{role}: {note}" for role, e in zip(roles, self.engines, strict=True) for note in e.ready.notes]
+        n = len(config.prefill)
+        over = links(self._layouts[:n], self._layouts[n:]) if config.link == "shared" else ("tcp",)
+        names = {"shared": "memory of their host", "tcp": "TCP"}
+        how = " and ".join(names[link] for link in over)
+        notes = [f"{n} prefill and {len(config.decode)} decode units; prompts go from one to the other through {how}"]
+        named = zip(config.names, self.engines, strict=True)
+        notes += [f"{name}: {note}" for name, engine in named for note in engine.ready.notes]
         n_pages = sum(e.ready.n_pages for e in self.engines)
         self.ready = Ready(n_pages, self._narrowest.ready.page, self._narrowest.ready.max_context, notes)
 
@@ -232,17 +257,19 @@ class Fleet:
             return False
         return True
 
-    async def close(self) -> None:
-        """End all units. Generations in flight end with Unavailable."""
+    async def close(self, failure: str = "") -> None:
+        """End all units. Generations in flight end with Unavailable. `failure`: why the fleet could not start."""
         self._closed = True
         if self._waiting:
             self._waiting.cancel()
         for flight in list(self._flights.values()):
             flight.close(Unavailable("the engine was closed"))
         await asyncio.gather(*(engine.close() for engine in self.engines))
-        for file in self._files:
-            os.close(file)
-        self._files = []
+        if self._rendezvous is not None:
+            await self._rendezvous.close(failure or "the head was ended", bool(failure))
+        if self._kv is not None:
+            self._kv.close()
+        self._rendezvous = self._kv = None
 
     # For flights
 

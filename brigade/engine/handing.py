@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from brigade.comm.kv.link import Fetches, Offers
+from brigade.comm.kv.link import Fetches, Offers, Open
 from brigade.comm.kv.rows import Rows
 from brigade.comm.kv.shared import SharedCaches
 from brigade.comm.kv.tcp import Caller, KvServer
@@ -40,6 +40,12 @@ _SOON, _LATER = 0.002, 0.25
 
 Begun = tuple[int, list[int], SamplingParams, list[int]]
 """What the worker is told of an adopted request: its number, prompt, parameters and the tokens generated so far."""
+
+
+def _sources(kv: KvConfig) -> Open:
+    """Opens what ranks of this host offer in the memory that they share, and what others do over TCP."""
+    shared, caller = SharedCaches(kv.files), Caller(kv.secret)
+    return lambda offer, until: (shared if shared.has(offer.file) else caller).open(offer, until)
 
 
 class Handing:
@@ -78,8 +84,7 @@ class Handing:
         memory = layers.view(torch.uint8).reshape(-1).numpy()
         rows = Rows(memory, layers.shape[0], worker.page, layers.shape[-1] * layers.element_size())
         if kv.role == "decode":
-            source = SharedCaches(kv.files).open if kv.files else Caller(kv.secret).open
-            return cls(worker, scheduler, channel, None, Fetches(rows, source, TRANSFER))
+            return cls(worker, scheduler, channel, None, Fetches(rows, _sources(kv), TRANSFER))
         offers = Offers(rows, kv.first + rank if kv.files else -1)
         handing = cls(worker, scheduler, channel, offers, None)
         if kv.address:

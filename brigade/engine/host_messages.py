@@ -1,5 +1,7 @@
 """What the head and the supervisor of another host say to each other. msgspec structs: typed, checked, never pickle.
 
+A host may have ranks of several units. `unit` in a message is the number of the one that it is about.
+
 1. Terms from the head, Join from the host, then Joined or Refusal. These four never change between versions: they are
    how two versions tell each other that they differ.
 2. Begin, StartRank..., orders one way, Heard and RankEnded the other way, EndRanks and RanksEnded.
@@ -43,22 +45,23 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """A new unit: make the memory that this host's ranks share."""
+    """A unit anew: make the memory that its ranks here share."""
 
+    unit: int
     config: EngineConfig
-    hosts: list[tuple[str, int]]
-    """Address and number of ranks of every host, the head first."""
-    host: int
-    """Which of them this is."""
+    layouts: list[list[tuple[str, int]]]
+    """Of every unit: address and number of ranks of every host."""
 
 
 class StartRank(msgspec.Struct, frozen=True, tag=True):
     """Start a process for a rank that has none."""
 
+    unit: int
     start: Start
 
 
 class ToRank(msgspec.Struct, frozen=True, tag=True):
+    unit: int
     rank: int
     messages: list[ToWorker]
 
@@ -66,16 +69,20 @@ class ToRank(msgspec.Struct, frozen=True, tag=True):
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """End all waits of this generation."""
 
+    unit: int
     generation: int
     culprits: list[int]
 
 
 class KillRank(msgspec.Struct, frozen=True, tag=True):
+    unit: int
     rank: int
 
 
 class EndRanks(msgspec.Struct, frozen=True, tag=True):
     """The unit is over; RanksEnded follows."""
+
+    unit: int
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
@@ -88,11 +95,13 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
 class Heard(msgspec.Struct, frozen=True, tag=True):
     """What a rank said."""
 
+    unit: int
     rank: int
     message: FromWorker
 
 
 class RankEnded(msgspec.Struct, frozen=True, tag=True):
+    unit: int
     rank: int
     how: str
 
@@ -100,6 +109,7 @@ class RankEnded(msgspec.Struct, frozen=True, tag=True):
 class RanksEnded(msgspec.Struct, frozen=True, tag=True):
     """All processes of the unit are gone: how those ended that had not ended before."""
 
+    unit: int
     how: dict[int, str]
 
 

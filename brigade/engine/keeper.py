@@ -24,7 +24,9 @@ from brigade.engine.output import LoadError, Observer
 from brigade.engine.pulse import Pulse
 from brigade.engine.rebalance import Rebalancer
 from brigade.engine.rendezvous import Rendezvous
+from brigade.engine.site import Site
 from brigade.engine.unit import Broken, Unit, UnitLost, Whole, pause
+from brigade.spec.layout import on_one_host
 from brigade.spec.model import ModelSpec
 
 log = logging.getLogger("brigade.engine")
@@ -62,11 +64,13 @@ class Keeper:
         spec: ModelSpec,
         experts: Rebalancer,
         observer: Observer,
-        hosts: HostsConfig | None,
+        hosts: HostsConfig | Site | None,
         kv: KvConfig | None,
     ) -> None:
+        """`hosts`: where the unit runs, as `Engine.start` has it."""
         self._owner, self._config, self._spec, self._experts = owner, config, spec, experts
         self._observer, self._hosts, self._kv = observer, hosts, kv
+        self._site = hosts if isinstance(hosts, Site) else Site(on_one_host(config.ranks))
         self.unit: Unit | None = None
         self.up = asyncio.Event()
         """Set while requests can be given to its ranks."""
@@ -81,16 +85,17 @@ class Keeper:
         self._patience: asyncio.TimerHandle | None = None
 
     async def meet(self) -> None:
-        """Wait for the other hosts, if there are any. Raises LoadError."""
-        if self._hosts is not None:
-            self._rendezvous = await Rendezvous.open(self._config, self._hosts)
+        """Wait for the other hosts, unless somebody else has. Raises LoadError."""
+        if isinstance(self._hosts, HostsConfig):
+            self._rendezvous = await Rendezvous.open([self._config], self._hosts)
+            [layout], [others] = self._hosts.layouts, self._rendezvous.units
+            self._site = Site(layout, others, self._hosts.secret)
             await self._rendezvous.wait()
 
     async def spawn(self, progress: Callable[[Loading], None]) -> None:
         """Start a unit and wait until it is ready. Raises LoadError."""
-        others = self._rendezvous.hosts if self._rendezvous else []
         self.unit, self.ready = await Unit.start(
-            self._config, self._spec, progress, self._experts.where, self._hosts, others, self._kv
+            self._config, self._spec, progress, self._experts.where, self._site, self._kv
         )
         self._owner.on_new(self.ready)
         self.pulse.begin()

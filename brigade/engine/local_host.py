@@ -13,6 +13,7 @@ import msgspec
 from brigade.comm.channel import ChannelBroken, ChannelClosed
 from brigade.comm.segment import Segment
 from brigade.engine.config import EngineConfig
+from brigade.engine.kv_host import KvHost
 from brigade.engine.messages import FromWorker, Start, ToWorker
 from brigade.engine.output import LoadError
 from brigade.engine.process import WorkerProcess
@@ -81,8 +82,17 @@ LOOK_EVERY = 0.3
 class LocalHost:
     """This machine as a RankHost. Make it with `create`."""
 
-    def __init__(self, ranks: range, address: str, segment: Segment | None, secret: bytes = b"") -> None:
+    def __init__(
+        self,
+        ranks: range,
+        address: str,
+        segment: Segment | None,
+        secret: bytes = b"",
+        kv: KvHost | None = None,
+        unit: int = 0,
+    ) -> None:
         self.ranks, self.address, self._segment, self._secret = ranks, address, segment, secret
+        self._kv, self._unit = kv, unit
         self.processes: dict[int, WorkerProcess] = {}
         self._heard: asyncio.Queue[tuple[int, FromWorker | Ended]] = asyncio.Queue()
         self._ears: dict[int, asyncio.Task[None]] = {}
@@ -92,20 +102,30 @@ class LocalHost:
 
     @classmethod
     def create(
-        cls, config: EngineConfig, spec: ModelSpec, layout: Layout, host: int = 0, secret: bytes = b""
+        cls,
+        config: EngineConfig,
+        spec: ModelSpec,
+        layout: Layout,
+        host: int = 0,
+        secret: bytes = b"",
+        kv: KvHost | None = None,
+        unit: int = 0,
     ) -> "LocalHost":
         """This machine as one host of a layout. Makes the memory that its ranks share; processes come later.
 
-        `secret`: what its ranks and those of other hosts know each other by. Raises LoadError.
+        `secret`: what its ranks and those of other hosts know each other by. `kv`: what they have in common with ranks
+        of other units, and which of these `unit` is. Raises LoadError.
         """
-        return cls(layout.ranks(host), layout.hosts[host].address, _segment(config, spec, layout, host), secret)
+        segment = _segment(config, spec, layout, host)
+        return cls(layout.ranks(host), layout.hosts[host].address, segment, secret, kv, unit)
 
     async def start(self, start: Start) -> None:
         rank = start.rank
         if rank in self.processes:
             raise ValueError(f"rank {rank} has a process")
         fd = self._segment.fd if self._segment is not None else -1
-        start = msgspec.structs.replace(start, segment=fd, address=self.address, secret=self._secret)
+        kv = self._kv.of(self._unit, start.kv) if start.kv is not None and self._kv is not None else None
+        start = msgspec.structs.replace(start, segment=fd, address=self.address, secret=self._secret, kv=kv)
         process = self.processes[rank] = await WorkerProcess.start(start)
         self._ears[rank] = asyncio.create_task(self._listen(rank, process))
         if self._segment is not None and self._eye is None:

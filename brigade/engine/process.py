@@ -82,7 +82,7 @@ class WorkerProcess:
 
 def _inherited(start: Start) -> list[int]:
     segment = [start.segment] if start.segment >= 0 else []
-    return [*segment, *(start.kv.files if start.kv else ())]
+    return [*segment, *(file for file in (start.kv.files if start.kv else ()) if file >= 0)]
 
 
 def _launch(fds: list[int]) -> "subprocess.Popen[bytes]":

@@ -1,11 +1,12 @@
 """Another machine as a RankHost: orders go over a link to its supervisor, and what its ranks say comes back.
 
-Decides nothing. Life of a host: joined -> begun (its supervisor has made what its ranks share) -> gone -> joined again.
+A machine may have ranks of several units: a RankHost for each of them, over one link. Decides nothing.
+Life of a host: joined -> begun (its supervisor has made what its ranks share) -> gone -> joined again.
 A host that comes back has nothing: neither processes nor memory; it is told which generations were stopped meanwhile.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from brigade.comm.channel import ChannelBroken
 from brigade.comm.link import Link
@@ -15,6 +16,7 @@ from brigade.engine.host_messages import (
     EndRanks,
     FromSupervisor,
     Heard,
+    Join,
     KillRank,
     RankEnded,
     RanksEnded,
@@ -32,13 +34,13 @@ _END_S = 15.0
 
 
 class RemoteHost:
-    """One host of the layout. Outlives units: after `end` it is ready for the next one."""
+    """One unit's ranks on one host. Outlives units: after `end` it is ready for the next one."""
 
-    def __init__(self, config: EngineConfig, layout: Layout, host: int, wait: float) -> None:
-        """`wait`: seconds that starting a rank waits for a host that is gone."""
-        self.ranks, self.address = layout.ranks(host), layout.hosts[host].address
-        self.joined, self._wait = asyncio.Event(), wait
-        self._begin = Begin(config, [(h.address, h.n_ranks) for h in layout.hosts], host)
+    def __init__(self, config: EngineConfig, layouts: Sequence[Layout], unit: int, host: int, wait: float) -> None:
+        """`host` of the layout of `unit`. `wait`: seconds that starting a rank waits for a host that is gone."""
+        self.ranks, self.address = layouts[unit].ranks(host), layouts[unit].hosts[host].address
+        self.joined, self._wait, self._unit = asyncio.Event(), wait, unit
+        self._begin = Begin(unit, config, [[(h.address, h.n_ranks) for h in layout.hosts] for layout in layouts])
         self._link: Link[FromSupervisor] | None = None
         self._begun = False
         self._reset()
@@ -46,14 +48,13 @@ class RemoteHost:
     def _reset(self) -> None:
         self._heard: asyncio.Queue[tuple[int, FromWorker | Ended]] = asyncio.Queue()
         self._running: set[int] = set()
-        self._stopped = Stop(0, [])
+        self._stopped = Stop(self._unit, 0, [])
         self._ends: asyncio.Future[dict[int, str]] | None = None
 
     @property
     def name(self) -> str:
         """For people: the address and the ranks."""
-        first, last = self.ranks[0], self.ranks[-1]
-        return f"host {self.address} ({f'rank {first}' if first == last else f'ranks {first} to {last}'})"
+        return f"host {self.address} ({_numbers(self.ranks)})"
 
     # The supervisor's side of things: called by whoever holds the link.
 
@@ -65,12 +66,12 @@ class RemoteHost:
     def take(self, message: FromSupervisor) -> None:
         """Raises ChannelBroken for a message that makes no sense here."""
         match message:
-            case Heard(rank, said) if rank in self._running:
+            case Heard(_, rank, said) if rank in self._running:
                 self._heard.put_nowait((rank, said))
-            case RankEnded(rank, how) if rank in self._running:
+            case RankEnded(_, rank, how) if rank in self._running:
                 self._running.discard(rank)
                 self._heard.put_nowait((rank, Ended(how)))
-            case RanksEnded(how) if self._ends is not None and not self._ends.done():
+            case RanksEnded(_, how) if self._ends is not None and not self._ends.done():
                 self._ends.set_result(how)
             case _:
                 raise ChannelBroken(f"unexpected {type(message).__name__}")
@@ -100,31 +101,31 @@ class RemoteHost:
             self._begun = True
             self._link.send(self._begin)
             if self._stopped.generation:
-                self._link.send(Stop(self._stopped.generation, []))
+                self._link.send(Stop(self._unit, self._stopped.generation, []))
         self._running.add(start.rank)
-        self._link.send(StartRank(start))
+        self._link.send(StartRank(self._unit, start))
 
     def send(self, rank: int, *messages: ToWorker) -> None:
         if self._link is not None and rank in self._running:
-            self._link.send(ToRank(rank, list(messages)))
+            self._link.send(ToRank(self._unit, rank, list(messages)))
 
     async def receive(self) -> tuple[int, FromWorker | Ended]:
         return await self._heard.get()
 
     def stop(self, generation: int, culprits: Iterable[int] = ()) -> None:
-        self._stopped = Stop(generation, list(culprits))
+        self._stopped = Stop(self._unit, generation, list(culprits))
         if self._link is not None and self._begun:
             self._link.send(self._stopped)
 
     def kill(self, rank: int) -> None:
         if self._link is not None and rank in self._running:
-            self._link.send(KillRank(rank))
+            self._link.send(KillRank(self._unit, rank))
 
     async def end(self) -> dict[int, str]:
         ends: dict[int, str] = {}
         if self._link is not None and self._begun:
             self._ends = asyncio.get_running_loop().create_future()
-            self._link.send(EndRanks())
+            self._link.send(EndRanks(self._unit))
             try:
                 async with asyncio.timeout(_END_S):
                     ends = await self._ends
@@ -134,3 +135,39 @@ class RemoteHost:
         self._begun = False
         self._reset()
         return ends
+
+
+class Guest:
+    """A host that joins the head, and its ranks of every unit that has some there."""
+
+    def __init__(self, address: str, by_unit: Mapping[int, RemoteHost], names: Sequence[str]) -> None:
+        """`names`: of the units; one alone need not be named."""
+        self.address, self.by_unit = address, by_unit
+        ranks = [(names[unit], _numbers(host.ranks)) for unit, host in by_unit.items()]
+        shown = "; ".join(f"{unit}: {numbers}" if len(names) > 1 else numbers for unit, numbers in ranks)
+        self.name = f"host {address} ({shown})"
+        """For people."""
+        self.joined = asyncio.Event()
+
+    def join(self, link: "Link[FromSupervisor]") -> None:
+        """It is there, with nothing running."""
+        for host in self.by_unit.values():
+            host.join(link)
+        self.joined.set()
+
+    def take(self, message: FromSupervisor) -> None:
+        """Raises ChannelBroken for a message that makes no sense here."""
+        host = None if isinstance(message, Join) else self.by_unit.get(message.unit)
+        if host is None:
+            raise ChannelBroken(f"unexpected {type(message).__name__}")
+        host.take(message)
+
+    def gone(self, why: str, unnoticed: float = 0.0) -> None:
+        """The link is lost, and with it all that ran there; perhaps for so many seconds already."""
+        self.joined.clear()
+        for host in self.by_unit.values():
+            host.gone(why, unnoticed)
+
+
+def _numbers(ranks: range) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"

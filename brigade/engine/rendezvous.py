@@ -1,6 +1,6 @@
-"""Where the hosts of a unit find its head. Lets hosts in that agree with it, again after they were gone.
+"""Where hosts find the head of their units. Lets hosts in that agree with it, again after they were gone.
 
-1. open: the head listens on its own address of the layout
+1. open: the head listens on its own address
 2. a supervisor calls, proves the secret and states its terms; what differs is shown on both sides, and it is refused
 3. wait: all hosts are there, or an error names the missing ones and their ranks
 4. a host that is lost later may join again at any time
@@ -9,7 +9,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from brigade.comm.channel import ChannelBroken
@@ -18,7 +18,7 @@ from brigade.comm.link import Door, Link, LinkLost
 from brigade.engine.config import EngineConfig, HostsConfig
 from brigade.engine.host_messages import FromSupervisor, Goodbye, Join, Joined, Refusal, Terms
 from brigade.engine.output import LoadError
-from brigade.engine.remote_host import RemoteHost
+from brigade.engine.remote_host import Guest, RemoteHost
 from brigade.engine.terms import (
     clock_difference,
     differences,
@@ -40,11 +40,18 @@ def silence(config: EngineConfig) -> float:
 
 
 class Rendezvous:
-    """All other hosts of a unit. Make it with `open`."""
+    """All hosts but the head, with their ranks of all units. Make it with `open`."""
 
-    def __init__(self, config: EngineConfig, hosts: HostsConfig, terms: Mapping[str, str]) -> None:
-        self.hosts = [RemoteHost(config, hosts.layout, h, hosts.wait) for h in range(1, len(hosts.layout.hosts))]
-        self._config, self._wait, self._layout, self._terms = config, hosts.wait, hosts.layout, terms
+    def __init__(
+        self, units: Sequence[EngineConfig], hosts: HostsConfig, names: Sequence[str], terms: Mapping[str, str]
+    ) -> None:
+        self.units = [_remote(config, hosts, unit) for unit, config in enumerate(units)]
+        """Of each unit: its hosts that join, by address."""
+        self.guests = [
+            Guest(address, {unit: of[address] for unit, of in enumerate(self.units) if address in of}, names)
+            for address in hosts.others
+        ]
+        self._model, self._wait, self._terms = units[0].model, hosts.wait, terms
         self._complete = False
         """Whether all hosts were there once: from then on a refused host is no reason to end."""
         self._closing = False
@@ -53,21 +60,24 @@ class Rendezvous:
         self._crowded: set[str] = set()
         """Hosts that a second supervisor has called for since they joined."""
         self._door: Door[FromSupervisor] = Door(
-            hosts.secret, FromSupervisor, silence(config), self._on_link, self._on_differs
+            hosts.secret, FromSupervisor, min(map(silence, units)), self._on_link, self._on_differs
         )
 
     @classmethod
-    async def open(cls, config: EngineConfig, hosts: HostsConfig) -> "Rendezvous":
-        """Listen for the other hosts of the layout. Raises LoadError."""
-        if hosts.layout.n_ranks != config.ranks:
-            raise LoadError(f"ranks is {config.ranks}, but the layout has {hosts.layout.n_ranks}")
-        model = await asyncio.to_thread(model_terms, Path(config.model))
-        rendezvous = cls(config, hosts, {**versions(), **layout_terms(hosts.layout, config), **model})
+    async def open(
+        cls, units: Sequence[EngineConfig], hosts: HostsConfig, names: Sequence[str] = ("the unit",)
+    ) -> "Rendezvous":
+        """Listen for the other hosts. `names`: of the units, for people. Raises LoadError."""
+        for config, layout in zip(units, hosts.layouts, strict=True):
+            if layout.n_ranks != config.ranks:
+                raise LoadError(f"ranks is {config.ranks}, but the layout has {layout.n_ranks}")
+        model = await asyncio.to_thread(model_terms, Path(units[0].model))
+        rendezvous = cls(units, hosts, names, {**versions(), **layout_terms(hosts.layouts, units, names), **model})
         try:
-            await rendezvous._door.open((hosts.layout.hosts[0].address, hosts.port))
+            await rendezvous._door.open((hosts.here, hosts.port))
         except OSError as e:
             raise LoadError(f"the other hosts cannot be waited for: {e.strerror or e}") from e
-        log.info("waiting for %s on %s:%d", ", ".join(h.name for h in rendezvous.hosts), *rendezvous._door.address)
+        log.info("waiting for %s on %s:%d", ", ".join(g.name for g in rendezvous.guests), *rendezvous._door.address)
         return rendezvous
 
     @property
@@ -85,12 +95,12 @@ class Rendezvous:
         if self._refused in done:
             raise LoadError(self._refused.result())
         if not done:
-            missing = ", ".join(h.name for h in self.hosts if not h.joined.is_set())
+            missing = ", ".join(g.name for g in self.guests if not g.joined.is_set())
             raise LoadError(f"did not join within {self._wait:g} s: {missing}; run `brigade join` there")
         self._complete = True
 
     async def _all_there(self) -> None:
-        while missing := [host for host in self.hosts if not host.joined.is_set()]:
+        while missing := [guest for guest in self.guests if not guest.joined.is_set()]:
             await missing[0].joined.wait()
 
     async def close(self, text: str = "the head was ended", failed: bool = False) -> None:
@@ -105,23 +115,23 @@ class Rendezvous:
     async def _on_link(self, link: Link[FromSupervisor]) -> None:
         self._links.add(link)
         try:
-            if host := await self._agree(link):
-                await self._hold(host, link)
+            if guest := await self._agree(link):
+                await self._hold(guest, link)
         except (LinkLost, ChannelBroken, TimeoutError) as e:
             log.warning("a host called and did not join: %s", e or f"{link.peer}: it did not state its terms")
         finally:
             await link.close()
             self._links.discard(link)
 
-    async def _agree(self, link: Link[FromSupervisor]) -> RemoteHost | None:
+    async def _agree(self, link: Link[FromSupervisor]) -> Guest | None:
         """The host that the link belongs to; None if it was refused."""
-        link.send(Terms(dict(self._terms), time.time(), folder_name(self._config.model)))
+        link.send(Terms(dict(self._terms), time.time(), folder_name(self._model)))
         async with asyncio.timeout(AGREE_S):
             join = await link.receive()
         if not isinstance(join, Join):
             raise ChannelBroken(f"{link.peer}: {type(join).__name__} before Join")
-        host = next((h for h in self.hosts if h.address == join.address), None)
-        apart = (clock_difference(time.time(), join.clock, join.address), self._differences(join, host))
+        guest = next((g for g in self.guests if g.address == join.address), None)
+        apart = (clock_difference(time.time(), join.clock, join.address), self._differences(join, guest))
         if wrong := "; ".join(filter(None, apart)):
             text = f"host {join.address} cannot be part of this unit: {wrong}"
             link.send(Refusal(text))
@@ -129,38 +139,46 @@ class Rendezvous:
             if not self._complete and not self._refused.done():
                 self._refused.set_result(text)
             return None
-        assert host is not None
-        if host.joined.is_set():
+        assert guest is not None
+        if guest.joined.is_set():
             link.send(Refusal(f"host {join.address} has joined already", again=True))
-            if host.address not in self._crowded:  # it calls again and again
-                self._crowded.add(host.address)
+            if guest.address not in self._crowded:  # it calls again and again
+                self._crowded.add(guest.address)
                 log.warning("%s called as host %s, which has joined already", link.peer, join.address)
             return None
         link.send(Joined())
-        return host
+        return guest
 
-    def _differences(self, join: Join, host: RemoteHost | None) -> str:
-        if host is None:
-            others = ", ".join(h.address for h in self.hosts)
+    def _differences(self, join: Join, guest: Guest | None) -> str:
+        if guest is None:
+            others = ", ".join(g.address for g in self.guests)
             return f"address: {others or 'no other host'} in the head's layout, {join.address} there"
         return differences(self._terms, join.values, join.address)
 
-    async def _hold(self, host: RemoteHost, link: Link[FromSupervisor]) -> None:
-        log.info("%s joined", host.name)
-        host.join(link)
+    async def _hold(self, guest: Guest, link: Link[FromSupervisor]) -> None:
+        log.info("%s joined", guest.name)
+        guest.join(link)
         why, unnoticed = "the head was closed", 0.0
         try:
             while True:
-                host.take(await link.receive())
+                guest.take(await link.receive())
         except (LinkLost, ChannelBroken) as e:
             why, unnoticed = str(e), e.silent if isinstance(e, LinkLost) else 0.0
-            log.log(logging.INFO if self._closing else logging.ERROR, "%s is gone: %s", host.name, why)
+            log.log(logging.INFO if self._closing else logging.ERROR, "%s is gone: %s", guest.name, why)
         finally:
-            self._crowded.discard(host.address)
-            host.gone(why, unnoticed)
+            self._crowded.discard(guest.address)
+            guest.gone(why, unnoticed)
 
     def _on_differs(self, peer: str, error: Differs) -> None:
         text = f"a host at {peer} cannot be part of this unit: {error}"
         log.error(text)
         if not self._complete and not self._refused.done():
             self._refused.set_result(text)
+
+
+def _remote(config: EngineConfig, hosts: HostsConfig, unit: int) -> dict[str, RemoteHost]:
+    return {
+        host.address: RemoteHost(config, hosts.layouts, unit, h, hosts.wait)
+        for h, host in enumerate(hosts.layouts[unit].hosts)
+        if host.address != hosts.here
+    }

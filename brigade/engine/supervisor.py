@@ -1,5 +1,7 @@
 """The supervisor of one host: joins the head, runs ranks under its orders, and joins again when it was cut off.
 
+One supervisor serves all units that have ranks on its host.
+
 Life of a supervisor:
 1. call the head until it answers, at most `wait` seconds
 2. agree with it (`brigade.engine.terms`); a refusal ends the supervisor
@@ -42,6 +44,7 @@ from brigade.engine.host_messages import (
     ToRank,
     ToSupervisor,
 )
+from brigade.engine.kv_host import KvHost
 from brigade.engine.local_host import Ended, LocalHost
 from brigade.engine.messages import Failed, Start
 from brigade.engine.output import LoadError
@@ -63,7 +66,7 @@ _TAKEN_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class JoinConfig:
-    """How one host joins a unit. Raises ValueError for values that cannot work."""
+    """How one host joins its head. Raises ValueError for values that cannot work."""
 
     head: Address
     address: str
@@ -158,15 +161,57 @@ async def _agree(config: JoinConfig, link: Link[Any]) -> Path:
     raise ChannelBroken(f"{link.peer}: {type(answer).__name__} before Joined")
 
 
+class _Unit:
+    """One unit's ranks here, as long as it lives."""
+
+    def __init__(self, number: int, config: EngineConfig, link: Link[Any]) -> None:
+        self.number, self.config, self._link = number, config, link
+        self.host: LocalHost | None = None
+        self.why_not = ""
+        """Why there is no host."""
+        self._ear: asyncio.Task[None] | None = None
+
+    def begin(self, host: LocalHost) -> None:
+        self.host = host
+        self._ear = asyncio.create_task(self._listen(host))
+
+    async def start(self, start: Start, name: str) -> None:
+        try:
+            if self.host is None:
+                raise LoadError(f"host {name}: {self.why_not}")
+            await self.host.start(msgspec.structs.replace(start, config=self.config))
+        except LoadError as e:
+            failed = Heard(self.number, start.rank, Failed(str(e)))
+            self._link.send(failed, RankEnded(self.number, start.rank, "it was not started"))
+
+    def kill(self) -> None:
+        if self.host is not None:
+            for rank in self.host.ranks:
+                self.host.kill(rank)
+
+    async def end(self) -> dict[int, str]:
+        """End all processes; says how each ended."""
+        host, self.host = self.host, None
+        if self._ear is not None:
+            self._ear.cancel()
+            await asyncio.gather(self._ear, return_exceptions=True)
+        return await host.end() if host is not None else {}
+
+    async def _listen(self, host: LocalHost) -> None:
+        while True:
+            rank, said = await host.receive()
+            of = self.number, rank
+            self._link.send(RankEnded(*of, said.how) if isinstance(said, Ended) else Heard(*of, said))
+
+
 class _Ranks:
     """What runs here for one head, as long as the link to it holds."""
 
     def __init__(self, config: JoinConfig, folder: Path, link: Link[Any]) -> None:
         self._config, self._folder, self._link = config, folder, link
-        self._engine: EngineConfig
-        self._host: LocalHost | None = None
-        self._why_not = "no Begin came"
-        self._ear: asyncio.Task[None] | None = None
+        self._units: dict[int, _Unit] = {}
+        self._ending: dict[int, asyncio.Task[None]] = {}
+        self._kv: KvHost | None = None
 
     async def obey(self) -> Goodbye:
         """Do as told until the head says goodbye. Raises LinkLost, ChannelBroken. Nothing runs afterwards."""
@@ -177,58 +222,60 @@ class _Ranks:
                     return order
                 await self._do(order)
         finally:
-            if self._host is not None:
-                for rank in self._host.ranks:
-                    self._host.kill(rank)  # they may wait for ranks of other hosts; nobody needs them any more
-            await self._end()
+            for unit in self._units.values():
+                unit.kill()  # they may wait for ranks of other hosts; nobody needs them any more
+            await asyncio.gather(*self._ending.values(), *(unit.end() for unit in self._units.values()))
+            if self._kv is not None:
+                self._kv.close()
 
     async def _do(self, order: ToSupervisor) -> None:
         match order:
-            case Begin(config, hosts, host):
-                await self._end()
-                self._begin(config, Layout(tuple(Host(address, n) for address, n in hosts)), host)
-            case StartRank(start):
-                await self._start(start)
-            case EndRanks():
-                self._link.send(RanksEnded(await self._end()))
-            case ToRank(rank, messages) if self._host:
-                self._host.send(rank, *messages)
-            case Stop(generation, culprits) if self._host:
-                self._host.stop(generation, culprits)
-            case KillRank(rank) if self._host:
-                self._host.kill(rank)
+            case Begin(number, config, layouts):
+                await self._end(number)
+                self._begin(number, config, [Layout(tuple(Host(*host) for host in hosts)) for hosts in layouts])
+            case StartRank(number, start) if unit := self._units.get(number):
+                await unit.start(start, self._config.address)
+            case EndRanks(number):
+                # Meanwhile the other units go on.
+                self._ending[number] = asyncio.create_task(self._end_and_tell(number))
+            case ToRank(number) | Stop(number) | KillRank(number) if unit := self._units.get(number):
+                _tell(unit.host, order)
             case ToRank() | Stop() | KillRank():
-                return  # the memory could not be made, so nothing runs; StartRank says why
+                return  # its unit is being ended
             case _:
                 raise ChannelBroken(f"{self._link.peer}: unexpected {type(order).__name__}")
 
-    def _begin(self, config: EngineConfig, layout: Layout, host: int) -> None:
-        self._engine = replace(config, model=str(self._folder))
+    def _begin(self, number: int, config: EngineConfig, layouts: list[Layout]) -> None:
+        config = replace(config, model=str(self._folder))
+        unit = self._units[number] = _Unit(number, config, self._link)
+        address, secret = self._config.address, self._config.secret
         try:
-            self._host = LocalHost.create(self._engine, read_spec(self._folder), layout, host, self._config.secret)
+            layout = layouts[number]
+            host = next(h for h, host in enumerate(layout.hosts) if host.address == address)
+            if self._kv is None and len(layouts) > 1:
+                self._kv = KvHost.create(address, layouts, secret)
+            spec = read_spec(self._folder)
+            unit.begin(LocalHost.create(config, spec, layout, host, secret, self._kv, number))
         except (BadConfig, LoadError) as e:
-            self._why_not = str(e)
-            return
-        self._ear = asyncio.create_task(self._listen(self._host))
+            unit.why_not = str(e)
+        except (IndexError, StopIteration):
+            raise ChannelBroken(f"{self._link.peer}: unit {number} has no ranks on {address}") from None
 
-    async def _start(self, start: Start) -> None:
-        try:
-            if self._host is None:
-                raise LoadError(f"host {self._config.address}: {self._why_not}")
-            await self._host.start(msgspec.structs.replace(start, config=self._engine))
-        except LoadError as e:
-            self._link.send(Heard(start.rank, Failed(str(e))), RankEnded(start.rank, "it was not started"))
+    async def _end_and_tell(self, number: int) -> None:
+        self._link.send(RanksEnded(number, await self._end(number)))
 
-    async def _listen(self, host: LocalHost) -> None:
-        while True:
-            rank, said = await host.receive()
-            self._link.send(RankEnded(rank, said.how) if isinstance(said, Ended) else Heard(rank, said))
+    async def _end(self, number: int) -> dict[int, str]:
+        unit = self._units.pop(number, None)
+        return await unit.end() if unit else {}
 
-    async def _end(self) -> dict[int, str]:
-        """End all processes; says how each ended."""
-        host, self._host = self._host, None
-        if self._ear is not None:
-            self._ear.cancel()
-            await asyncio.gather(self._ear, return_exceptions=True)
-            self._ear = None
-        return await host.end() if host is not None else {}
+
+def _tell(host: LocalHost | None, order: ToRank | Stop | KillRank) -> None:
+    if host is None:
+        return  # its memory could not be made, so nothing runs; StartRank says why
+    match order:
+        case ToRank(_, rank, messages):
+            host.send(rank, *messages)
+        case Stop(_, generation, culprits):
+            host.stop(generation, culprits)
+        case KillRank(_, rank):
+            host.kill(rank)

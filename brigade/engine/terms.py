@@ -6,7 +6,7 @@ layout and settings from the head, a host that reads a deployment file of its ow
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -35,11 +35,19 @@ def versions() -> dict[str, str]:
     return {"Brigade version": metadata.version("brigade"), "message version": digest[:16]}
 
 
-def layout_terms(layout: Layout, config: EngineConfig) -> dict[str, str]:
-    """Hosts with their ranks, and every setting that must be the same on all of them."""
-    hosts = ", ".join(f"{h.address} x{h.n_ranks}" for h in layout.hosts)
-    settings = {f.name: str(getattr(config, f.name)) for f in fields(config) if f.name not in _OWN}
-    return {"layout": hosts, **settings}
+def layout_terms(
+    layouts: Sequence[Layout], units: Sequence[EngineConfig], names: Sequence[str] = ("the unit",)
+) -> dict[str, str]:
+    """Of every unit: hosts with their ranks, and every setting that must be the same on all of them.
+
+    One alone is not named; of several, the name stands before each term.
+    """
+    out = {"units": ", ".join(names)} if len(names) > 1 else {}
+    for layout, config, name in zip(layouts, units, names, strict=True):
+        of = f"{name} " if len(names) > 1 else ""
+        out[f"{of}layout"] = ", ".join(f"{h.address} x{h.n_ranks}" for h in layout.hosts)
+        out |= {f"{of}{f.name}": str(getattr(config, f.name)) for f in fields(config) if f.name not in _OWN}
+    return out
 
 
 def model_terms(folder: Path) -> dict[str, str]:

@@ -11,13 +11,13 @@ Life of a unit:
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from brigade.core.placement import Placement
-from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
-from brigade.engine.local_host import Ended, LocalHost, RankHost
+from brigade.engine.config import EngineConfig, KvConfig
+from brigade.engine.local_host import Ended, RankHost
 from brigade.engine.messages import (
     Adopted,
     Failed,
@@ -40,6 +40,7 @@ from brigade.engine.messages import (
     ToWorker,
 )
 from brigade.engine.output import LoadError
+from brigade.engine.site import Site
 from brigade.spec.layout import on_one_host
 from brigade.spec.model import ModelSpec
 
@@ -122,23 +123,19 @@ class Unit:
         spec: ModelSpec,
         progress: Callable[[Loading], None],
         where: Where = lambda: (None, 0),
-        hosts: HostsConfig | None = None,
-        others: Sequence[RankHost] = (),
+        site: Site | None = None,
         kv: KvConfig | None = None,
     ) -> tuple["Unit", Ready]:
         """Start all ranks and wait until they are ready. Raises LoadError; then no process is left.
 
-        `hosts`: None if all run here. Else this machine is the first host of its layout, and `others` are the rest.
+        `site`: where they run; None: all here.
         """
         if spec.moe is not None and config.ranks > spec.moe.n_experts:
             raise LoadError(
                 f"ranks is {config.ranks}, but the model has only {spec.moe.n_experts} routed experts a layer"
             )
-        if hosts is None:
-            here = LocalHost.create(config, spec, on_one_host(config.ranks))
-        else:
-            here = LocalHost.create(config, spec, hosts.layout, 0, hosts.secret)
-        unit = cls(config, [here, *others], where, kv)
+        site = site or Site(on_one_host(config.ranks))
+        unit = cls(config, site.hosts(config, spec), where, kv)
         try:
             return unit, await unit._first(progress)
         except UnitLost as e:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from brigade.spec.layout import Host, Layout
+from brigade.spec.layout import Host, Layout, is_loopback
 from brigade.spec.sizes import parse_size
 
 T = TypeVar("T")
@@ -101,8 +101,10 @@ class Deployment:
     listen: tuple[str, int] = (LOCAL, 8000)
     """Address and port for clients."""
     api_key_file: str | None = None
+    gateway: str | None = None
+    """Address of the machine that serves clients, as the hosts reach it; None: the first host of the first unit."""
     host_port: int = HOST_PORT
-    """Where the first host of a unit listens for the others."""
+    """Where the gateway listens for the hosts that join it."""
     secret_file: str | None = None
     units: tuple[Units, ...] = (Units("mixed"),)
     limits: Limits = field(default_factory=Limits)
@@ -110,6 +112,21 @@ class Deployment:
 
     def limits_of(self, units: Units) -> Limits:
         return units.limits.over(self.limits)
+
+    @property
+    def head(self) -> str:
+        """Address of the gateway's machine, which may have ranks of any unit, or none."""
+        return self.gateway or self.units[0].hosts[0]
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Addresses of all machines with ranks, each once."""
+        return tuple(dict.fromkeys(address for units in self.units for address in units.hosts))
+
+    @property
+    def other_hosts(self) -> tuple[str, ...]:
+        """Those that join the gateway."""
+        return tuple(address for address in self.hosts if address != self.head)
 
 
 KEYS = tuple(f.name for f in fields(Deployment) if f.name != "given")
@@ -130,6 +147,7 @@ def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[P
         rank_memory=table.take("rank_memory", _size("rank_memory"), None),
         listen=table.take("listen", _address_and_port, (LOCAL, 8000)),
         api_key_file=table.take("api_key_file", _text, None),
+        gateway=table.take("gateway", _address, None),
         host_port=table.take("host_port", _number("host_port"), HOST_PORT),
         secret_file=table.take("secret_file", _text, None),
         units=_all_units(table, source),
@@ -249,9 +267,6 @@ def _check_hosts(hosts: tuple[str, ...], count: int, at: Path, source: _Source) 
     for i, host in enumerate(hosts):
         if host in hosts[:i]:
             raise source.fault((*at, i), f"{host} is there twice; give each host once, with more ranks_per_host")
-        if is_loopback(host) != is_loopback(hosts[0]):
-            here = host if is_loopback(host) else hosts[0]
-            raise source.fault((*at, i), f"{here} is this machine only and no other host can reach it; give addresses")
     if len(hosts) > 1 and len(hosts) % count:
         raise source.fault(at, f"{len(hosts)} hosts cannot be shared equally by {count} units; give a multiple")
     if not hosts:
@@ -264,15 +279,15 @@ def _check_guards(d: Deployment, source: _Source) -> None:
         text = f"{d.listen[0]} can be reached by other machines, so clients need a key; name its file in 'api_key_file'"
         raise source.fault(("listen",), f"{text}, or listen on {LOCAL}")
     for i, units in enumerate(d.units):
-        if len(units.layouts()[0].hosts) > 1 and d.secret_file is None:
-            text = "hosts of a unit know each other by a secret; write one into a file and name it in 'secret_file'"
-            raise source.fault(("units", i, "hosts"), text)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address means only the machine that uses it."""
-    ip = _ip(address)
-    return address == "localhost" if ip is None else ip.is_loopback
+        at: Path = ("units", i, "hosts") if "hosts" in units.given else ("units", i)
+        for address in units.hosts:
+            if is_loopback(address) != is_loopback(d.head):
+                here, there = (address, d.head) if is_loopback(address) else (d.head, address)
+                text = f"{here} is this machine only, and {there} cannot reach it; give all hosts addresses"
+                raise source.fault(at, text)
+            if address != d.head and d.secret_file is None:
+                text = "hosts know each other by a secret; write one into a file and name it in 'secret_file'"
+                raise source.fault(at, text)
 
 
 def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

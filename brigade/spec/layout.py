@@ -1,5 +1,7 @@
 """Where the ranks of a unit run. Rank numbers go through the hosts in order."""
 
+import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -58,3 +60,28 @@ class Layout:
 
 def on_one_host(n_ranks: int) -> Layout:
     return Layout((Host("127.0.0.1", n_ranks),))
+
+
+def n_sharing(layouts: Iterable[Layout], address: str) -> int:
+    """How many ranks of these units share the machine that has an address. All of the loopback is one machine."""
+
+    def here(other: str) -> bool:
+        return other == address or (is_loopback(other) and is_loopback(address))
+
+    return sum(host.n_ranks for layout in layouts for host in layout.hosts if here(host.address))
+
+
+def links(giving: Iterable[Layout], taking: Iterable[Layout]) -> tuple[str, ...]:
+    """How prompts get from ranks of `giving` units to those of `taking` ones: "shared" through memory where two ranks
+    have a host in common, "tcp" where they have not."""
+    sides = [{host.address for layout in side for host in layout.hosts} for side in (giving, taking)]
+    pairs = {("shared" if a == b else "tcp") for a in sides[0] for b in sides[1]}
+    return tuple(sorted(pairs))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address means only the machine that uses it."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"

@@ -63,7 +63,11 @@ VOLUME = obj(
     hostPath=obj(("path",), path=TEXT, type={"enum": ["Directory"]}),
     persistentVolumeClaim=obj(("claimName",), claimName=NAME, readOnly=BOOL),
 )
-APART = obj(("topologyKey",), topologyKey=TEXT, labelSelector=obj(matchLabels=LABELS))
+EXPRESSION = obj(
+    ("key", "operator"), key=TEXT, operator={"enum": ["In", "NotIn", "Exists", "DoesNotExist"]}, values=items(TEXT)
+)
+SELECTOR = obj(matchLabels=LABELS, matchExpressions=items(EXPRESSION))
+APART = obj(("topologyKey",), topologyKey=TEXT, labelSelector=SELECTOR)
 POD = obj(
     ("containers",),
     automountServiceAccountToken=BOOL,

@@ -42,7 +42,13 @@ def test_every_example_is_explained(file: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert {f.stem for f in EXAMPLES} == {"one_box", "prefill_decode", "two_hosts", "deepseek_22_nodes"}
+    assert {f.stem for f in EXAMPLES} == {
+        "one_box",
+        "prefill_decode",
+        "two_hosts",
+        "deepseek_22_nodes",
+        "twin_of_22_nodes",
+    }
 
 
 def test_the_reference_deployment_has_the_published_shape() -> None:
@@ -55,6 +61,20 @@ def test_the_reference_deployment_has_the_published_shape() -> None:
         assert {e for r in unit["ranks"] for e in r["experts"]} == set(range(256))
         assert unit["memory"]["verdict"].startswith("fits")
         assert unit["memory"]["total"] < 80 * 10**9
+
+
+def test_the_reference_deployment_and_its_twin_have_the_same_parts_and_are_not_refused() -> None:
+    for name in "deepseek_22_nodes", "twin_of_22_nodes":
+        found = as_json(ROOT / f"examples/{name}.yaml")
+        values = {v["key"]: v["value"] for v in found["values"]}
+        first, last = found["units"][0]["hosts"][0], found["units"][1]["hosts"][-1]
+        assert [u["role"] for u in found["units"]] == ["prefill", "decode"]
+        assert (values["gateway"], values["KV transfer"]) == (first, "TCP")
+        ports = {(p["where"], p["who"].split(" (")[0]) for p in found["ports"]}
+        assert (first, "the other hosts") in ports
+        assert (first, "decode ranks of other hosts") in ports
+        assert (last, "ranks of the unit's other hosts") in ports
+        assert not any("refuses" in note or "units" in note for note in found["notes"])
 
 
 def test_experts_of_two_ranks_as_the_engine_spreads_them() -> None:
@@ -105,9 +125,30 @@ def test_ports_and_who_may_use_them() -> None:
         (p["where"], p["port"]): (p["who"], p["guard"]) for p in as_json(ROOT / "examples/two_hosts.yaml")["ports"]
     }
     assert ports[("0.0.0.0", "8000")] == ("clients: whoever reaches this address", "the key of api_key_file")
-    assert ports[("10.0.0.1", "7000")] == ("the unit's other hosts (1)", "the secret of secret_file")
+    assert ports[("10.0.0.1", "7000")] == ("the other hosts (1)", "the secret of secret_file")
     assert ports[("10.0.0.2", "2 free ones")][1] == "the secret of secret_file"
     assert [p.port for p in explain({}).ports] == ["8000"]
+
+
+ON_A, ON_B = ["10.0.0.1"], ["10.0.0.2"]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "link", "listening"),
+    [
+        (ON_A, ON_A, "shared memory", []),
+        (ON_A, ON_B, "TCP", ["10.0.0.1"]),
+        (ON_A + ON_B, ON_B, "shared memory and TCP", ["10.0.0.1", "10.0.0.2"]),
+    ],
+)
+def test_how_prompts_are_handed_over_follows_from_the_hosts(
+    prefill: list[str], decode: list[str], link: str, listening: list[str]
+) -> None:
+    units = [{"role": "prefill", "hosts": prefill}, {"role": "decode", "hosts": decode}]
+    found = explain({"secret_file": "s", "units": units})
+    assert next(v.value for v in found.values if v.key == "KV transfer") == link
+    assert [p.where for p in found.ports if p.who == "decode ranks of other hosts"] == listening
+    assert not any("up" in n for n in found.notes), "it runs"
 
 
 @pytest.mark.parametrize(
@@ -116,10 +157,6 @@ def test_ports_and_who_may_use_them() -> None:
         (
             {"units": [{"role": "prefill"}, {"role": "mixed"}]},
             "units: 1 prefill, 1 mixed; this version runs one",
-        ),
-        (
-            {"secret_file": "s", "units": [{"role": "prefill", "hosts": ["10.0.0.1"]}, {"role": "decode"}]},
-            "this version runs prefill and decode units on one machine",
         ),
         ({"units": [{"role": "mixed", "count": 2}]}, "units: 2 mixed; this version runs one unit"),
         ({"units": [{"role": "mixed", "redundant_experts": 4}]}, "they are copies on other ranks, and there is one"),

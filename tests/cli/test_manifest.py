@@ -129,8 +129,9 @@ def test_memory_is_that_of_the_ranks_of_a_host(tmp_path: Path) -> None:
     [
         ("units: [{role: mixed}]", (), "'rank_memory' is missing; pods ask for memory by it"),
         ("units: [{role: decode}]", (), "this version runs one unit of role mixed"),
-        (ONE_HOST, ("--name", "Crew"), "--name must be up to 40 small letters"),
-        (ONE_HOST, ("--name", "x" * 41), "--name must be up to 40 small letters"),
+        ("units: [{role: decode}, {role: prefill}]", (), "'rank_memory' is missing"),
+        (ONE_HOST, ("--name", "Crew"), "--name must be up to 31 small letters"),
+        (ONE_HOST, ("--name", "x" * 32), "--name must be up to 31 small letters"),
     ],
 )
 def test_what_cannot_become_a_manifest(tmp_path: Path, text: str, options: tuple[str, ...], message: str) -> None:
@@ -141,6 +142,54 @@ def test_what_cannot_become_a_manifest(tmp_path: Path, text: str, options: tuple
 
 
 def test_names_leave_room_for_what_kubernetes_appends() -> None:
-    longest = "x" * 40
+    longest = "x" * 31
     assert manifest.NAME.fullmatch(longest)
-    assert len(f"{longest}-0-4096-" + "h" * 10) <= 63
+    assert len(f"{longest}-prefill99-1024-" + "h" * 10) <= 63
+
+
+FLEET = """
+rank_memory: 4GiB
+secret_file: s
+units:
+- {role: prefill, hosts: [10.0.0.1, 10.0.0.2], ranks_per_host: 2}
+- {role: decode, count: 2, hosts: [10.0.0.2, 10.0.0.3, 10.0.0.4, 10.0.0.5]}
+- {role: decode, hosts: [10.0.0.2]}
+"""
+
+
+def fleet(folder: Path, *options: str) -> list[dict[str, Any]]:
+    code, out, err = invoke("manifest", written(folder, FLEET), "--image", "registry.example/brigade:1", *options)
+    assert code == 0, err
+    return list(yaml.safe_load_all(out))
+
+
+def test_a_fleet_has_a_set_for_its_gateway_and_one_for_each_kind_of_unit(tmp_path: Path) -> None:
+    found = fleet(tmp_path, "--name", "crew")
+    for value in found:
+        assert [e.message for e in errors(value["kind"], value)] == []
+    sets = {o["metadata"]["name"]: o["spec"] for o in found if o["kind"] == "LeaderWorkerSet"}
+    sizes = {name: (s["replicas"], s["leaderWorkerTemplate"]["size"]) for name, s in sets.items()}
+    assert sizes == {"crew-gateway": (1, 1), "crew-prefill": (1, 2), "crew-decode": (2, 2), "crew-decode2": (1, 1)}
+    pods = {name: s["leaderWorkerTemplate"]["workerTemplate"] for name, s in sets.items()}
+    commands = {name: pod["spec"]["containers"][0]["command"] for name, pod in pods.items()}
+    assert commands["crew-gateway"] == ["brigade", "up", "/etc/brigade/deploy.yaml"]
+    assert commands["crew-decode"][1:] == ["join", "/etc/brigade/deploy.yaml", "--host", "$(POD_NAME).crew-decode"]
+    apart = {name: "affinity" in pod["spec"] for name, pod in pods.items()}
+    assert apart == {name: name != "crew-gateway" for name in sets}
+    memory = {n: p["spec"]["containers"][0]["resources"]["limits"]["memory"] for n, p in pods.items()}
+    assert (memory["crew-prefill"], memory["crew-decode"]) == (str(8 << 30), str(4 << 30))
+    [service] = [o for o in found if o["kind"] == "Service"]
+    assert service["spec"]["selector"]["leaderworkerset.sigs.k8s.io/name"] == "crew-gateway"
+
+
+def test_pods_of_a_fleet_have_the_names_that_the_file_inside_has(tmp_path: Path) -> None:
+    found = fleet(tmp_path)
+    [config] = [o for o in found if o["kind"] == "ConfigMap"]
+    inside = deployment_from(*_parsed(config["data"]["deploy.yaml"]))
+    assert inside.head == "brigade-gateway-0.brigade-gateway"
+    assert [[h.address for h in x.hosts] for u in inside.units for x in u.layouts()] == [
+        ["brigade-prefill-0.brigade-prefill", "brigade-prefill-0-1.brigade-prefill"],
+        ["brigade-decode-0.brigade-decode", "brigade-decode-0-1.brigade-decode"],
+        ["brigade-decode-1.brigade-decode", "brigade-decode-1-1.brigade-decode"],
+        ["brigade-decode2-0.brigade-decode2"],
+    ]

@@ -14,9 +14,11 @@ from brigade.cli.deployed import Deployed, read_key
 from brigade.cli.fault import Fault
 from brigade.cli.launch import engine_config, read_launch
 from brigade.engine.config import DEMO_MODEL, JOIN_PORT
+from brigade.engine.fleet import FleetConfig
 from brigade.engine.terms import layout_terms
 from brigade.spec.config import read_spec
 from brigade.spec.deploy import HOST_PORT, deployment_from
+from brigade.spec.layout import Host
 from tests.cli.test_command_line import invoke
 
 KEY = "a-key-of-sixteen-characters"
@@ -168,11 +170,35 @@ def two_hosts(folder: Path, *, more: str = "") -> Path:
 def test_the_head_and_a_host_that_joins_agree_on_everything(tmp_path: Path) -> None:
     launch = read_launch(two_hosts(tmp_path, more="rank_memory: 1GiB\n"))
     assert launch.hosts is not None
-    assert (launch.hosts.port, launch.hosts.layout.n_ranks) == (7123, 2)
+    assert (launch.hosts.port, launch.hosts.layouts[0].n_ranks) == (7123, 2)
     join = launch.join("10.0.0.2", 5.0)
     assert (join.head, join.address, join.secret) == (("10.0.0.1", 7123), "10.0.0.2", launch.hosts.secret)
-    assert join.terms == layout_terms(launch.hosts.layout, launch.engine)
-    assert join.terms["kv_bytes"] == str(launch.engine.kv_bytes) != "0"
+    assert join.terms == layout_terms(launch.layouts, launch.units)
+    assert join.terms["kv_bytes"] == str(launch.units[0].kv_bytes) != "0"
+
+
+def test_one_join_for_each_host_of_a_fleet_and_the_gateway_needs_no_ranks(tmp_path: Path) -> None:
+    two_hosts(tmp_path)
+    file = written(
+        tmp_path,
+        "secret_file: hosts\ngateway: 10.0.0.9\nunits:\n"
+        "- {role: decode, count: 2, hosts: [10.0.0.2, 10.0.0.3], ranks_per_host: 2, limits: {max_running: 7}}\n"
+        "- {role: prefill, hosts: [10.0.0.1, 10.0.0.2]}\n",
+    )
+    launch = read_launch(file)
+    assert isinstance(launch.runs, FleetConfig)
+    assert launch.runs.names == ("prefill 0", "decode 0", "decode 1")
+    assert [layout.hosts for layout in launch.layouts] == [
+        (Host("10.0.0.1", 1), Host("10.0.0.2", 1)),
+        (Host("10.0.0.2", 2),),
+        (Host("10.0.0.3", 2),),
+    ]
+    assert launch.hosts is not None
+    assert (launch.hosts.here, launch.hosts.others) == ("10.0.0.9", ("10.0.0.1", "10.0.0.2", "10.0.0.3"))
+    terms = launch.join("10.0.0.2", 5.0).terms
+    assert terms["units"] == "prefill 0, decode 0, decode 1"
+    assert (terms["prefill 0 layout"], terms["decode 1 layout"]) == ("10.0.0.1 x1, 10.0.0.2 x1", "10.0.0.3 x2")
+    assert terms["decode 1 max_running"] == "7"
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.9"])

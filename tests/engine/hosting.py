@@ -44,7 +44,7 @@ async def several(*sizes: int, **settings: Any) -> AsyncIterator[Engine]:
     supervisors = [asyncio.create_task(supervise(joining(port, h))) for h in range(1, len(sizes))]
     config = EngineConfig(ranks=layout.n_ranks, threads=1, **settings)
     try:
-        engine = await Engine.start(config, hosts=HostsConfig(layout=layout, secret=SECRET, port=port, wait=30))
+        engine = await Engine.start(config, hosts=HostsConfig(layouts=(layout,), secret=SECRET, port=port, wait=30))
         try:
             yield engine
         finally:

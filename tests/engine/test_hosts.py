@@ -73,7 +73,8 @@ async def kept(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     port, secret = free_port(), secret_file(tmp_path_factory.mktemp("hosts"))
     other = Supervisor(port, 1, secret)
     config = EngineConfig(ranks=3, threads=1, rank_deadline=5)
-    engine = await Engine.start(config, hosts=HostsConfig(layout=layout_of(1, 2), secret=SECRET, port=port, wait=60))
+    hosts = HostsConfig(layouts=(layout_of(1, 2),), secret=SECRET, port=port, wait=60)
+    engine = await Engine.start(config, hosts=hosts)
     pair = Pair(engine, port, secret, other)
     yield pair
     await engine.close()

@@ -40,8 +40,8 @@ CONFIG = EngineConfig(ranks=3)
 
 @pytest_asyncio.fixture
 async def head() -> AsyncIterator[Rendezvous]:
-    hosts = HostsConfig(layout=layout_of(1, 2), secret=SECRET, port=0, wait=0.5)
-    rendezvous = await Rendezvous.open(CONFIG, hosts)
+    hosts = HostsConfig(layouts=(layout_of(1, 2),), secret=SECRET, port=0, wait=0.5)
+    rendezvous = await Rendezvous.open([CONFIG], hosts)
     yield rendezvous
     await rendezvous.close()
 
@@ -55,7 +55,7 @@ async def joined(head: Rendezvous) -> Link[Any]:
     assert isinstance(await link.receive(), Terms)
     link.send(Join("127.0.0.2", head._terms, time.time()))
     assert await link.receive() == Joined()
-    assert await until(head.hosts[0].joined.is_set, 1)
+    assert await until(head.guests[0].joined.is_set, 1)
     return link
 
 
@@ -64,7 +64,7 @@ async def next_of(waiting: Any) -> Any:
 
 
 async def test_orders_arrive_in_order_and_news_come_back(head: Rendezvous) -> None:
-    link, [host] = await joined(head), head.hosts
+    link, host = await joined(head), head.units[0]["127.0.0.2"]
     await head.wait()
     assert (host.ranks, host.address, host.name) == (range(1, 3), "127.0.0.2", "host 127.0.0.2 (ranks 1 to 2)")
     await host.start(Start(CONFIG, 1))
@@ -74,14 +74,14 @@ async def test_orders_arrive_in_order_and_news_come_back(head: Rendezvous) -> No
     host.kill(2)
     told = [await next_of(link.receive()) for _ in range(6)]
     assert told == [
-        Begin(CONFIG, [("127.0.0.1", 1), ("127.0.0.2", 2)], 1),
-        StartRank(Start(CONFIG, 1)),
-        StartRank(Start(CONFIG, 2)),
-        ToRank(1, [Ping(1), Ping(2)]),
-        Stop(4, [0]),
-        KillRank(2),
+        Begin(0, CONFIG, [[("127.0.0.1", 1), ("127.0.0.2", 2)]]),
+        StartRank(0, Start(CONFIG, 1)),
+        StartRank(0, Start(CONFIG, 2)),
+        ToRank(0, 1, [Ping(1), Ping(2)]),
+        Stop(0, 4, [0]),
+        KillRank(0, 2),
     ]
-    link.send(Heard(1, Loaded(77)), RankEnded(2, "killed by SIGKILL"))
+    link.send(Heard(0, 1, Loaded(77)), RankEnded(0, 2, "killed by SIGKILL"))
     assert await next_of(host.receive()) == (1, Loaded(77))
     assert await next_of(host.receive()) == (2, Ended("killed by SIGKILL"))
     with pytest.raises(ValueError, match="rank 1 has a process"):
@@ -92,7 +92,7 @@ async def test_orders_arrive_in_order_and_news_come_back(head: Rendezvous) -> No
 async def test_a_lost_link_ends_all_ranks_behind_it_and_what_was_stopped_meanwhile_is_told_later(
     head: Rendezvous,
 ) -> None:
-    link, [host] = await joined(head), head.hosts
+    link, host = await joined(head), head.units[0]["127.0.0.2"]
     for rank in host.ranks:
         await host.start(Start(CONFIG, rank))
     await link.close()
@@ -116,13 +116,13 @@ async def test_a_lost_link_ends_all_ranks_behind_it_and_what_was_stopped_meanwhi
 async def test_the_end_waits_for_the_supervisor_and_not_for_ever(
     head: Rendezvous, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link, [host] = await joined(head), head.hosts
+    link, host = await joined(head), head.units[0]["127.0.0.2"]
     assert await host.end() == {}, "nothing was begun"
     await host.start(Start(CONFIG, 1))
     ending = asyncio.ensure_future(host.end())
     while not isinstance(await next_of(link.receive()), EndRanks):
         pass
-    link.send(RanksEnded({1: "exit code 0"}))
+    link.send(RanksEnded(0, {1: "exit code 0"}))
     assert await next_of(ending) == {1: "exit code 0"}
     monkeypatch.setattr(remote_host, "_END_S", 0.2)
     await host.start(Start(CONFIG, 1))
@@ -133,23 +133,23 @@ async def test_the_end_waits_for_the_supervisor_and_not_for_ever(
 
 async def test_who_knows_the_secret_and_talks_nonsense_loses_its_own_link_alone(head: Rendezvous) -> None:
     good = await joined(head)
-    for nonsense in (RankEnded(1, "x"), RanksEnded({}), Heard(1, Loaded(1))):
+    for nonsense in (RankEnded(0, 1, "x"), RanksEnded(0, {}), Heard(0, 1, Loaded(1))):
         bad = await reach(head)
         assert isinstance(await bad.receive(), Terms)
         bad.send(nonsense)
         with pytest.raises(LinkLost):
             await next_of(bad.receive())
         await bad.close()
-    assert head.hosts[0].joined.is_set()
+    assert head.guests[0].joined.is_set()
     second = await reach(head)
     second.send(Join("127.0.0.2", head._terms, time.time()))
     assert isinstance(await next_of(second.receive()), Terms)
     assert await next_of(second.receive()) == Refusal("host 127.0.0.2 has joined already", again=True)
     await second.close()
-    good.send(RanksEnded({}))
+    good.send(RanksEnded(0, {}))
     with pytest.raises(LinkLost):
         await next_of(good.receive())
-    assert not head.hosts[0].joined.is_set()
+    assert not head.guests[0].joined.is_set()
 
 
 async def test_a_second_supervisor_says_once_what_it_waits_for_and_gives_up(
@@ -161,7 +161,7 @@ async def test_a_second_supervisor_says_once_what_it_waits_for_and_gives_up(
     waits, turned = "is another `brigade join` for this host running?", "called as host 127.0.0.2, which has joined"
     assert (caplog.text.count(waits), caplog.text.count(turned)) == (1, 1)
     assert "the head is gone" not in caplog.text
-    assert head.hosts[0].joined.is_set()
+    assert head.guests[0].joined.is_set()
     await first.close()
 
 

@@ -25,7 +25,7 @@ LAYOUT, CONFIG = layout_of(1, 1), EngineConfig(ranks=2)
 
 async def refused(join: JoinConfig, port: int) -> tuple[str, str]:
     """What head and host say when they do not agree."""
-    hosts = HostsConfig(layout=LAYOUT, secret=SECRET, port=port, wait=20)
+    hosts = HostsConfig(layouts=(LAYOUT,), secret=SECRET, port=port, wait=20)
     others, began = workers(), time.monotonic()
     head, host = await asyncio.gather(Engine.start(CONFIG, hosts=hosts), supervise(join), return_exceptions=True)
     assert isinstance(head, LoadError), head
@@ -53,7 +53,7 @@ async def test_a_model_that_is_not_there() -> None:
 
 
 async def test_another_layout_and_other_settings() -> None:
-    expected = layout_terms(Layout((Host("127.0.0.1", 2), Host("127.0.0.2", 2))), EngineConfig(ranks=4, page=32))
+    expected = layout_terms([Layout((Host("127.0.0.1", 2), Host("127.0.0.2", 2)))], [EngineConfig(ranks=4, page=32)])
     await both_say(
         "layout: 127.0.0.1 x1, 127.0.0.2 x1 on the head, 127.0.0.1 x2, 127.0.0.2 x2 on 127.0.0.2",
         "page: 16 on the head, 32 on 127.0.0.2",
@@ -62,13 +62,13 @@ async def test_another_layout_and_other_settings() -> None:
 
 
 async def test_a_host_that_expects_the_same_is_not_refused() -> None:
-    same = {**terms.versions(), **terms.model_terms(DEMO_MODEL), **layout_terms(LAYOUT, CONFIG)}
+    same = {**terms.versions(), **terms.model_terms(DEMO_MODEL), **layout_terms([LAYOUT], [CONFIG])}
     assert differences(same, same, "x") == ""
     must = {**terms.versions(), **terms.model_terms(DEMO_MODEL)}
     assert differences(same, must, "x") == "", "it may not know the layout"
     for term in must:
         assert "not stated on x" in differences(same, {k: v for k, v in must.items() if k != term}, "x")
-    assert "threads" not in layout_terms(LAYOUT, CONFIG), "each host has cores of its own"
+    assert "threads" not in layout_terms([LAYOUT], [CONFIG]), "each host has cores of its own"
 
 
 async def test_an_address_that_is_not_in_the_layout() -> None:
@@ -98,7 +98,7 @@ async def test_clocks_that_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_another_secret_is_refused_at_the_door_and_the_head_goes_on_waiting() -> None:
     port = free_port()
-    hosts = HostsConfig(layout=layout_of(1, 2), secret=SECRET, port=port, wait=1.5)
+    hosts = HostsConfig(layouts=(layout_of(1, 2),), secret=SECRET, port=port, wait=1.5)
     head = asyncio.ensure_future(Engine.start(EngineConfig(ranks=3), hosts=hosts))
     with pytest.raises(HostRefused, match=f"the head at 127.0.0.1:{port}: the other side has another secret") as e:
         await supervise(joining(port, 1, secret=b"another secret of hosts"))
@@ -118,7 +118,7 @@ async def test_a_rank_whose_host_has_no_such_address_says_so() -> None:
     layout = Layout((Host("127.0.0.1", 1), Host("192.0.2.1", 1)))
     port = free_port()
     join = JoinConfig(head=("127.0.0.1", port), address="192.0.2.1", secret=SECRET, wait=10)
-    hosts = HostsConfig(layout=layout, secret=SECRET, port=port, wait=20)
+    hosts = HostsConfig(layouts=(layout,), secret=SECRET, port=port, wait=20)
     head, host = await asyncio.gather(Engine.start(CONFIG, hosts=hosts), supervise(join), return_exceptions=True)
     assert isinstance(head, LoadError)
     assert "rank 1: cannot listen on 192.0.2.1" in str(head)
@@ -146,15 +146,15 @@ def test_the_digest_covers_names_shapes_types_and_sizes_and_not_spacing(demo: Pa
 
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 16 bytes, not 5"):
-        HostsConfig(layout=LAYOUT, secret=b"short")
+        HostsConfig(layouts=(LAYOUT,), secret=b"short")
     with pytest.raises(ValueError, match="at least 16 bytes, not 5"):
         JoinConfig(head=("x", 1), address="y", secret=b"short")
     with pytest.raises(ValueError, match="wait must be"):
-        HostsConfig(layout=LAYOUT, secret=SECRET, wait=0)
-    assert "0123456789" not in repr(HostsConfig(layout=LAYOUT, secret=SECRET))
+        HostsConfig(layouts=(LAYOUT,), secret=SECRET, wait=0)
+    assert "0123456789" not in repr(HostsConfig(layouts=(LAYOUT,), secret=SECRET))
     assert "0123456789" not in repr(JoinConfig(head=("x", 1), address="y", secret=SECRET))
 
 
 async def test_ranks_and_layout_must_agree() -> None:
     with pytest.raises(LoadError, match="ranks is 3, but the layout has 2"):
-        await Engine.start(EngineConfig(ranks=3), hosts=HostsConfig(layout=LAYOUT, secret=SECRET, port=0))
+        await Engine.start(EngineConfig(ranks=3), hosts=HostsConfig(layouts=(LAYOUT,), secret=SECRET, port=0))

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from brigade.cli.ray_hosts import missing
+from brigade.cli.ray_hosts import missing, ranks_by_host
 from brigade.spec.layout import Host, Layout
 from tests.cli.test_command_line import invoke
 from tests.engine.hosting import secret_file
@@ -22,7 +22,7 @@ from tests.netns.network import Network, network, why_not
 
 RAY_PORT = 6379
 HERE = Path(sys.executable).parent
-TWO = Layout((Host("10.0.0.1", 2), Host("10.0.0.2", 2)))
+TWO = {"10.0.0.1": 2, "10.0.0.2": 2}
 
 installed = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'brigade[ray]'")
 spaces = pytest.mark.skipif(bool(why := why_not()), reason=f"needs network namespaces: {why}")
@@ -39,6 +39,17 @@ def test_hosts_that_cannot_be_placed_are_named() -> None:
         "10.0.0.2 is no node of the cluster (10.0.0.1)",
     ]
     assert missing(TWO, [])[0] == "10.0.0.1 is no node of the cluster (it has none)"
+
+
+def test_a_host_is_placed_for_its_ranks_of_all_units() -> None:
+    prefill = Layout((Host("10.0.0.1", 2), Host("10.0.0.2", 2)))
+    decode = Layout((Host("10.0.0.2", 3), Host("10.0.0.3", 3)))
+    assert ranks_by_host("10.0.0.9", [prefill, decode]) == {
+        "10.0.0.9": 0,
+        "10.0.0.1": 2,
+        "10.0.0.2": 5,
+        "10.0.0.3": 3,
+    }
 
 
 def deployment(folder: Path, addresses: list[str]) -> Path:

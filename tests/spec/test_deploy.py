@@ -32,7 +32,7 @@ def error_of(data: object, line_of: dict[Any, int] | None = None) -> str:
 
 
 def test_the_set_of_keys_is_small_and_known() -> None:
-    top = "model weights rank_memory listen api_key_file host_port secret_file units limits"
+    top = "model weights rank_memory listen api_key_file gateway host_port secret_file units limits"
     assert " ".join(KEYS) == top
     assert " ".join(UNIT_KEYS) == "role count hosts ranks_per_host redundant_experts limits"
     assert " ".join(LIMIT_KEYS) == "max_running max_waiting max_context max_step_tokens kv_memory"
@@ -51,6 +51,7 @@ def test_everything_that_can_be_said() -> None:
             "rank_memory": "80GB",
             "listen": "[::1]:9000",
             "api_key_file": "keys/clients",
+            "gateway": "gate",
             "host_port": 7001,
             "secret_file": "keys/hosts",
             "limits": {"max_running": 8, "kv_memory": "1GiB"},
@@ -61,11 +62,21 @@ def test_everything_that_can_be_said() -> None:
         }
     )
     assert (d.model, d.weights, d.rank_memory, d.listen) == ("/models/v3", "int8", 80 * 10**9, ("::1", 9000))
+    assert d.other_hosts == ("a", "b", "c", "d", "10.0.0.1", "fe80::1"), "the gateway has no ranks"
     prefill, decode = d.units
     assert [[h.address for h in x.hosts] for x in prefill.layouts()] == [["a", "b"], ["c", "d"]]
     assert prefill.layouts()[0].n_ranks == 16
     assert d.limits_of(prefill) == Limits(max_running=8, kv_memory=1 << 30)
     assert d.limits_of(decode) == Limits(max_running=128, kv_memory=1 << 30)
+
+
+def test_the_gateway_is_the_first_host_unless_it_is_named() -> None:
+    units = [unit(role="prefill", hosts=["a", "b"]), unit(role="decode", hosts=["b", "c"])]
+    d = deployment_from({"secret_file": "s", "units": units})
+    assert (d.head, d.hosts, d.other_hosts) == ("a", ("a", "b", "c"), ("b", "c"))
+    d = deployment_from({"secret_file": "s", "gateway": "c", "units": units})
+    assert (d.head, d.other_hosts) == ("c", ("a", "b"))
+    assert plain(d)["gateway"] == "c"
 
 
 def test_units_may_share_one_host() -> None:
@@ -101,9 +112,22 @@ def test_units_may_share_one_host() -> None:
         ({"units": [unit(hosts=["a:80"])]}, "units[0].hosts[0]: must be a host name or an IP address without a port"),
         ({"units": [unit(hosts=["10.0.0.256"])]}, "units[0].hosts[0]: must be a host name or an IP address"),
         ({"units": [unit(hosts=["0.0.0.0"])]}, "units[0].hosts[0]: 0.0.0.0 is every address of a machine"),
-        ({"units": [unit(hosts=["a", "127.0.0.1"])]}, "units[0].hosts[1]: 127.0.0.1 is this machine only"),
+        (
+            {"units": [unit(hosts=["a", "127.0.0.1"])]},
+            "units[0].hosts: 127.0.0.1 is this machine only, and a cannot reach it",
+        ),
         ({"units": [unit(hosts=["a", "b", "c"], count=2)]}, "3 hosts cannot be shared equally by 2 units"),
-        ({"units": [unit(hosts=["a", "b"])]}, "units[0].hosts: hosts of a unit know each other by a secret"),
+        (
+            {"secret_file": "s", "units": [unit(role="prefill", hosts=["a"]), unit(role="decode")]},
+            "units[1]: 127.0.0.1 is this machine only, and a cannot reach it; give all hosts addresses",
+        ),
+        (
+            {"gateway": "127.0.0.1", "secret_file": "s", "units": [unit(hosts=["a"])]},
+            "units[0].hosts: 127.0.0.1 is this machine only, and a cannot reach it",
+        ),
+        ({"gateway": "g", "units": [unit(hosts=["a"])]}, "units[0].hosts: hosts know each other by a secret"),
+        ({"gateway": "0.0.0.0"}, "gateway: 0.0.0.0 is every address of a machine"),
+        ({"units": [unit(hosts=["a", "b"])]}, "units[0].hosts: hosts know each other by a secret"),
         ({"units": [unit(count=True)]}, "units[0].count: must be a whole number from 1 to 1024, not true"),
         ({"units": [unit(count=1e3)]}, "units[0].count: must be a whole number from 1 to 1024, not 1000.0"),
         ({"units": [unit(ranks_per_host=65)]}, "units[0].ranks_per_host: must be from 1 to 64, not 65"),
@@ -154,7 +178,7 @@ def test_what_is_written_back_reads_as_the_same() -> None:
     data = {
         "listen": "[::1]:9000",
         "limits": {"kv_memory": 1 << 20},
-        "units": [unit(hosts=["a", "b"], ranks_per_host=1), {"role": "decode", "count": 3}],
+        "units": [unit(hosts=["a", "b"], ranks_per_host=1), {"role": "decode", "count": 3, "hosts": ["a"]}],
         "secret_file": "s",
     }
     d = deployment_from(data)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from brigade.spec.layout import Host, Layout, on_one_host
+from brigade.spec.layout import Host, Layout, links, n_sharing, on_one_host
 
 
 def test_ranks_are_numbered_through_the_hosts() -> None:
@@ -31,3 +31,16 @@ def test_layouts_that_cannot_be() -> None:
         Layout(())
     with pytest.raises(ValueError, match="rank must be 0 to 1, not 2"):
         on_one_host(2).host_of(2)
+
+
+def test_ranks_of_one_host_hand_over_through_its_memory_and_the_rest_over_tcp() -> None:
+    a, b, both = (Layout(tuple(Host(x, 1) for x in hosts)) for hosts in ("a", "b", "ab"))
+    assert links([a], [a]) == ("shared",)
+    assert links([a], [b]) == ("tcp",)
+    assert links([a], [both]) == links([a, b], [a]) == ("shared", "tcp")
+
+
+def test_ranks_of_all_units_share_a_host_and_the_loopback_is_one_machine() -> None:
+    one, two = Layout((Host("10.0.0.1", 2), Host("10.0.0.2", 1))), Layout((Host("10.0.0.2", 4),))
+    assert (n_sharing([one, two], "10.0.0.1"), n_sharing([one, two], "10.0.0.2")) == (2, 5)
+    assert n_sharing([Layout((Host("127.0.0.1", 1), Host("127.0.1.3", 2), Host("10.0.0.2", 4)))], "127.0.0.2") == 3

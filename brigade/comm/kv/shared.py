@@ -26,13 +26,18 @@ class SharedCaches:
     """The caches of this host's ranks, by number; opens offers that lie in them."""
 
     def __init__(self, files: Sequence[int]) -> None:
+        """`files`: of all ranks; -1 for those of other hosts."""
         self._files = list(files)
         self._mapped: dict[int, Bytes] = {}
+
+    def has(self, file: int) -> bool:
+        """Whether a cache lies in memory of this host."""
+        return 0 <= file < len(self._files) and self._files[file] >= 0
 
     def open(self, offer: Offer, until: float) -> AbstractContextManager["_Mapped"]:
         """The source of an offer. Raises Failed."""
         del until  # memory does not keep anybody waiting
-        if not 0 <= offer.file < len(self._files):
+        if not self.has(offer.file):
             raise Failed(f"shared memory {offer.file} is not known here; there are {len(self._files)}")
         memory = self._map(offer.file)
         size = len(offer.checks) * offer.n_pages * offer.page * offer.row_bytes

@@ -1,0 +1,71 @@
+"""Who talks to whom in a deployment, over what, and what guards it. Opens nothing."""
+
+from dataclasses import dataclass
+
+from brigade.spec.deploy import Deployment
+from brigade.spec.layout import is_loopback, links
+
+SECRET = "the secret of secret_file"
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port that is listened on."""
+
+    where: str
+    port: str
+    who: str
+    guard: str
+
+
+def is_fleet(d: Deployment) -> bool:
+    """Whether prompts are computed by units of their own."""
+    return {u.role for u in d.units} == {"prefill", "decode"}
+
+
+def kv_link(d: Deployment) -> tuple[str, str]:
+    """How prompts get from prefill ranks to decode ranks, and why: decided for each two ranks by their hosts."""
+    prefill, decode = (
+        [layout for u in d.units if u.role == role for layout in u.layouts()] for role in ("prefill", "decode")
+    )
+    match links(prefill, decode):
+        case ("shared",):
+            return "shared memory", "all ranks are on one host"
+        case ("tcp",):
+            return "TCP", "no host has prefill and decode ranks"
+    return "shared memory and TCP", "memory where both ranks are on one host, TCP where they are not"
+
+
+def ports(d: Deployment) -> tuple[Port, ...]:
+    """Those for clients first."""
+    address, port = d.listen
+    guard = "the key of api_key_file" if d.api_key_file else "none, but only as localhost"
+    who = "this machine" if is_loopback(address) else "whoever reaches this address"
+    out = [Port(address, str(port), f"clients: {who}", guard)]
+    if d.other_hosts:
+        out.append(Port(d.head, str(d.host_port), f"the other hosts ({len(d.other_hosts)})", SECRET))
+    out += _between_ranks(d)
+    if is_fleet(d) and kv_link(d)[0] != "shared memory":
+        out += _for_kv(d)
+    return tuple(out)
+
+
+def _between_ranks(d: Deployment) -> list[Port]:
+    """Of units with several hosts: their ranks meet."""
+    layouts = [layout for units in d.units for layout in units.layouts() if len(layout.hosts) > 1]
+    return [
+        Port(host.address, _free(host.n_ranks), "ranks of the unit's other hosts", SECRET)
+        for layout in layouts
+        for host in layout.hosts
+    ]
+
+
+def _for_kv(d: Deployment) -> list[Port]:
+    """Prefill ranks are called by decode ranks of other hosts."""
+    hosts = [host for u in d.units if u.role == "prefill" for layout in u.layouts() for host in layout.hosts]
+    guard = "a secret that each host derives from that one"
+    return [Port(host.address, _free(host.n_ranks), "decode ranks of other hosts", guard) for host in hosts]
+
+
+def _free(n: int) -> str:
+    return "1 free one" if n == 1 else f"{n} free ones"

@@ -1,0 +1,122 @@
+"""A fleet whose units share hosts and span them says what one rank says, also when a host is lost and comes back.
+
+The gateway is 127.0.0.1 and has no ranks. 127.0.0.2 has the prefill rank and a decode rank, 127.0.0.3 another decode
+rank of the same unit: prompts go through memory to one and over TCP to the other.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
+from brigade.engine.fleet import Fleet, FleetConfig
+from brigade.engine.host_messages import Goodbye
+from brigade.engine.kv_host import KvHost, kv_secret
+from brigade.engine.output import LoadError
+from brigade.engine.supervisor import supervise
+from brigade.spec.layout import Host, Layout
+from tests.engine.asking import until
+from tests.engine.conftest import workers
+from tests.engine.hosting import SECRET, free_port, joining
+from tests.engine.test_fleet import GREEDY, LONG, all_pages_are_back, ask_all, said, some_prompts
+from tests.engine.test_fleet import alone as alone
+
+Says = dict[tuple[int, ...], list[list[int]]]
+PREFILL = Layout((Host("127.0.0.2", 1),))
+DECODE = Layout((Host("127.0.0.2", 1), Host("127.0.0.3", 1)))
+
+
+def config() -> FleetConfig:
+    one = EngineConfig(max_step_tokens=64, max_running=16, rank_deadline=10, threads=1, kv_bytes=1 << 22)
+    two = EngineConfig(max_step_tokens=64, max_running=16, rank_deadline=10, threads=1, ranks=2, kv_bytes=1 << 22)
+    return FleetConfig(prefill=(one,), decode=(two,))
+
+
+class Hosted:
+    """A fleet, and the supervisors of its hosts, in this process."""
+
+    def __init__(self, fleet: Fleet, port: int, joined: dict[int, "asyncio.Task[Goodbye]"]) -> None:
+        self.fleet, self._port, self.joined = fleet, port, joined
+
+    async def lose(self, host: int) -> None:
+        self.joined[host].cancel()
+        await asyncio.wait([self.joined[host]])
+
+    def join(self, host: int) -> None:
+        self.joined[host] = asyncio.create_task(supervise(joining(self._port, host)))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def hosted() -> AsyncIterator[Hosted]:
+    others, port = workers(), free_port()
+    joined = {h: asyncio.create_task(supervise(joining(port, h))) for h in (1, 2)}
+    hosts = HostsConfig(layouts=(PREFILL, DECODE), head="127.0.0.1", secret=SECRET, port=port, wait=30)
+    fleet = await Fleet.start(config(), hosts=hosts)
+    kept = Hosted(fleet, port, joined)
+    try:
+        yield kept
+    finally:
+        await fleet.close()
+    ends = await asyncio.wait_for(asyncio.gather(*kept.joined.values()), 20)
+    assert [type(e) for e in ends] == [Goodbye, Goodbye], "hosts end with the gateway"
+    assert workers() <= others
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_text_is_that_of_one_rank(hosted: Hosted, alone: Says) -> None:
+    prompts, fleet = some_prompts(9), hosted.fleet
+    assert await ask_all(fleet, prompts, GREEDY) == [alone[tuple(p)][0] for p in prompts]
+    assert (fleet.transfers["fetched"], fleet.transfers["computed"]) == (len(prompts), 0)
+    assert await all_pages_are_back(fleet)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_requests_go_on_when_a_host_was_lost_and_is_there_again(
+    hosted: Hosted, alone: Says, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has ranks of both units: no prompt can be computed, and none of the other rank's steps be made, until then."""
+    prompts, fleet = [[5 + i, 6, 7] for i in range(6)], hosted.fleet
+    answers = [asyncio.create_task(said(await fleet.submit(p, LONG))) for p in prompts]
+    assert await until(lambda: fleet.states()["decoding"] >= 4, 10)
+    await hosted.lose(1)
+    assert await until(lambda: not fleet.health().ready, 3)
+    hosted.join(1)
+    assert await asyncio.wait_for(asyncio.gather(*answers), 30) == [alone[tuple(p)][1] for p in prompts]
+    assert await until(lambda: fleet.health().ready, 20)
+    assert "host 127.0.0.2 (prefill 0: rank 0; decode 0: rank 0) is gone" in caplog.text
+    assert await all_pages_are_back(fleet)
+
+
+async def test_hosts_that_do_not_join_are_named_with_their_ranks_of_every_unit() -> None:
+    hosts = HostsConfig(layouts=(PREFILL, DECODE), head="127.0.0.1", secret=SECRET, port=free_port(), wait=0.2)
+    with pytest.raises(LoadError) as e:
+        await Fleet.start(config(), hosts=hosts)
+    assert "host 127.0.0.2 (prefill 0: rank 0; decode 0: rank 0), host 127.0.0.3 (decode 0: rank 1)" in str(e.value)
+
+
+def test_ranks_of_one_host_share_memory_and_the_rest_knows_a_secret_that_is_not_the_hosts() -> None:
+    of = {}
+    for address in ("127.0.0.2", "127.0.0.3"):
+        host = KvHost.create(address, [PREFILL, DECODE], SECRET)
+        with contextlib.closing(host):
+            of[address] = [host.of(unit, KvConfig(role=role)) for unit, role in ((0, "prefill"), (1, "decode"))]  # type: ignore[arg-type]
+    assert [[f >= 0 for f in kv.files] for kv in of["127.0.0.2"]] == [[True, True, False]] * 2
+    assert [f >= 0 for f in of["127.0.0.3"][1].files] == [False, False, True]
+    assert [kv.first for kv in of["127.0.0.2"]] == [0, 1]
+    assert [kv.address for kv in of["127.0.0.2"]] == ["127.0.0.2"] * 2
+    secrets = {kv.secret for kvs in of.values() for kv in kvs}
+    assert secrets == {kv_secret(SECRET)}
+    assert SECRET not in secrets
+
+
+def test_units_of_one_host_need_no_port() -> None:
+    with contextlib.closing(KvHost.create("10.0.0.1", [PREFILL_ALONE, PREFILL_ALONE])) as host:
+        kv = host.of(1, KvConfig(role="decode"))
+        assert (kv.address, kv.first, len(kv.files), kv.n_here) == ("", 2, 4, 4)
+        assert host.of(1, KvConfig(role="decode", link="tcp")).files == ()
+
+
+PREFILL_ALONE = Layout((Host("10.0.0.1", 2),))
