@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from brigade.engine.loads import ExpertLoads
+    from brigade.engine.loads import ExpertLoads, UnitLoads
 
 DEADLINE = 40.0
 """Seconds for the answer: ranks tell their counts between two steps."""
@@ -28,7 +28,12 @@ def experts(
             envvar="BRIGADE_API_KEY", help="The server's key. Prefer the variable: other users can see command lines."
         ),
     ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the heat map into this PNG file.")] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="NAME", help='Of this unit alone, like "decode 0". Default: of all.')
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw one unit's heat map into this PNG file.")
+    ] = None,
     json_path: Annotated[
         str | None, typer.Option("--json", metavar="PATH", help="Write what the server said; - is stdout.")
     ] = None,
@@ -40,16 +45,17 @@ def experts(
     from rich.console import Console
 
     body = fetch(base_url(url), api_key)
-    loads = parse(body)
+    units = chosen(parse(body), unit)
+    drawn = only_one(units) if png is not None else None
     if json_path == "-":
         sys.stdout.write(body.decode() + "\n")
     else:
-        show(Console(), loads)
+        show_all(Console(), units)
     try:
         if json_path not in (None, "-"):
             Path(str(json_path)).write_bytes(body + b"\n")
-        if png is not None:
-            draw(png, *captions(loads), [x.layer for x in loads.layers], panels(loads))
+        if png is not None and drawn is not None:
+            draw(png, *captions(drawn), [x.layer for x in drawn.layers], panels(drawn))
     except OSError as e:
         raise Fault(f"cannot write {e.filename or png}: {e.strerror}") from e
 
@@ -68,19 +74,51 @@ def fetch(url: str, api_key: str | None) -> bytes:
     return answer.content
 
 
-def parse(body: bytes) -> "ExpertLoads":
+def parse(body: bytes) -> "list[UnitLoads]":
     """What /debug/experts said. Raises Fault for something else."""
     import msgspec
 
-    from brigade.engine.loads import ExpertLoads
+    from brigade.engine.loads import Experts
 
     try:
-        loads = msgspec.json.decode(body, type=ExpertLoads)
+        units = msgspec.json.decode(body, type=Experts).units
     except msgspec.MsgspecError as e:
         raise Fault(f"/debug/experts did not answer as this version of Brigade does: {e}") from e
-    if not loads.layers or any(len(x.rank_loads) != loads.n_ranks for x in loads.layers):
-        raise Fault("/debug/experts answered without layers, or with layers of other ranks")
+    for loads in (unit.loads for unit in units if unit.loads):
+        if not loads.layers or any(len(x.rank_loads) != loads.n_ranks for x in loads.layers):
+            raise Fault("/debug/experts answered without layers, or with layers of other ranks")
+    return units
+
+
+def chosen(units: "list[UnitLoads]", name: str | None) -> "list[UnitLoads]":
+    """The one with this name, or all. Raises Fault."""
+    found = [unit for unit in units if name in (None, unit.unit)]
+    if not found:
+        names = ", ".join(one_line(unit.unit) for unit in units) or "none"
+        raise Fault(f"--unit: there is no unit {name!r}; there are: {names}", 2)
+    return found
+
+
+def only_one(units: "list[UnitLoads]") -> "ExpertLoads":
+    """What a picture is of. Raises Fault for several units, and for one that does not tell."""
+    if len(units) > 1:
+        raise Fault(f"--png draws one unit; name it with --unit: {', '.join(one_line(u.unit) for u in units)}", 2)
+    if (loads := units[0].loads) is None:
+        raise Fault(f"{one_line(units[0].unit)}: {one_line(units[0].problem)}")
     return loads
+
+
+def show_all(console: "Console", units: "list[UnitLoads]") -> None:
+    """Unit by unit, with their names if there are several."""
+    from rich.text import Text
+
+    for i, unit in enumerate(units):
+        if len(units) > 1:
+            console.print(Text(f"{chr(10) if i else ''}unit {one_line(unit.unit)}", style="bold"))
+        if unit.loads is None:
+            console.print(Text(one_line(unit.problem)))
+        else:
+            show(console, unit.loads)
 
 
 def captions(loads: "ExpertLoads") -> tuple[str, str]:

@@ -18,6 +18,7 @@ from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
 from brigade.engine.generation import Generation
 from brigade.engine.keeper import Keeper
 from brigade.engine.legs import Leg, Part
+from brigade.engine.loads import UnitLoads
 from brigade.engine.messages import (
     Abort,
     Add,
@@ -190,6 +191,11 @@ class Engine:
     def stats(self) -> Stats:
         """The unit's state after its last step or ping: sums over its ranks, but steps are those of the busiest."""
         return added(self._keeper.pulse.stats)
+
+    async def expert_loads(self) -> list[UnitLoads]:
+        """How busy the routed experts are; nothing for a model without any. Raises Unavailable."""
+        report = await self.experts.report()
+        return [UnitLoads("mixed 0", report)] if report else []
 
     def handovers(self) -> None:
         """A unit alone hands nothing over."""

@@ -18,6 +18,7 @@ from brigade.engine.config import EngineConfig, HostsConfig, KvConfig, Link
 from brigade.engine.flight import Flight, RequestPart, Side
 from brigade.engine.generation import Generation
 from brigade.engine.kv_host import KvHost
+from brigade.engine.loads import UnitLoads
 from brigade.engine.messages import Loading, Ready, Stats
 from brigade.engine.output import Health, LoadError, Observer, QueueFull, Unavailable, Unobserved
 from brigade.engine.pulse import added
@@ -95,8 +96,6 @@ class Fleet:
         one = self.engines[0]
         self.spec, self.tokenizer, self.generation, self.config = one.spec, one.tokenizer, one.generation, one.config
         self.deadlines = config.deadlines
-        self.experts: None = None
-        """Each unit counts and moves its own; they are not shown together."""
         self.ready: Ready
         self._narrowest: Engine
         self._pools: dict[Side, _Pool] = {}
@@ -236,6 +235,15 @@ class Fleet:
         """The state of all units after their last steps or pings."""
         return added([engine.stats() for engine in self.engines])
 
+    async def expert_loads(self) -> list[UnitLoads]:
+        """How busy the routed experts of each unit are; nothing for a model without any. Raises Unavailable if no unit
+        can tell."""
+        named = zip(self.config_of_fleet.names, self.engines, strict=True)
+        units = [u for u in await asyncio.gather(*(_expert_loads(*of) for of in named)) if u]
+        if units and not any(u.loads for u in units):
+            raise Unavailable("; ".join(f"{u.unit}: {u.problem}" for u in units))
+        return units
+
     def handovers(self) -> tuple[dict[str, int], Counter[str], float]:
         """Requests by state, transfers by how they ended, and how long these took together."""
         return self.states(), self.transfers, self.transfer_seconds
@@ -317,6 +325,14 @@ class Fleet:
         """The generation has ended by itself; `tell_worker`: before its last token."""
         if tell_worker and (flight := self._flights.get(generation.rid)):
             flight.on(Event.LEFT)
+
+
+async def _expert_loads(name: str, engine: Engine) -> UnitLoads | None:
+    try:
+        report = await engine.experts.report()
+    except Unavailable as e:
+        return UnitLoads(name, None, str(e))
+    return UnitLoads(name, report) if report else None
 
 
 AnyEngine = Engine | Fleet

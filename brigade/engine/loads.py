@@ -69,6 +69,23 @@ class ExpertLoads:
     layers: list[LayerLoads]
 
 
+@dataclass(frozen=True, slots=True)
+class UnitLoads:
+    """The experts of one unit, or why they cannot be told now."""
+
+    unit: str
+    """Its name, as `brigade explain` has it: "decode 0"."""
+    loads: ExpertLoads | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What a server says of its experts."""
+
+    units: list[UnitLoads]
+
+
 class Ledger:
     """Counts of a unit's ranks, added up."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from pydantic.json_schema import models_json_schema
 
-from brigade.engine.loads import ExpertLoads
+from brigade.engine.loads import Experts
 from brigade.serve.config import ServeConfig
 from brigade.serve.replies import ChatChunk, ChatCompletion, Completion, ErrorReply, Model, ModelList, Status
 from brigade.serve.schema import ChatRequest, CompletionRequest
@@ -52,7 +52,7 @@ def document(config: ServeConfig) -> dict[str, Any]:
             "get": _operation(config, "Prometheus metrics", {"text/plain": {"schema": {"type": "string"}}}),
         },
         "/debug/experts": {
-            "get": _operation(config, "How busy routed experts are, and where", _json("ExpertLoads"), (404, 503)),
+            "get": _operation(config, "How busy routed experts are, and where", _json("Experts"), (404, 503)),
         },
     }
     components: dict[str, Any] = {"schemas": _schemas(config)}
@@ -102,7 +102,7 @@ def _schemas(config: ServeConfig) -> dict[str, Any]:
     _, asked = models_json_schema(
         [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF + "{model}"
     )
-    replies = (ChatCompletion, ChatChunk, Completion, ErrorReply, ExpertLoads, Model, ModelList, Status)
+    replies = (ChatCompletion, ChatChunk, Completion, ErrorReply, Experts, Model, ModelList, Status)
     _, given = msgspec.json.schema_components(replies, ref_template=_REF + "{name}")
     schemas: dict[str, Any] = {**asked["$defs"], **given}
     for name in ("ChatRequest", "CompletionRequest"):

@@ -9,6 +9,7 @@ import msgspec
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
+from brigade.engine.loads import Experts
 from brigade.engine.output import BadRequest
 from brigade.serve.answer import Answer, Life, while_wanted
 from brigade.serve.body import BodyReader
@@ -97,12 +98,10 @@ class Routes:
         return Response(self._metrics.scrape(), headers={"Content-Type": CONTENT_TYPE})
 
     async def experts(self) -> Response:
-        """GET /debug/experts: how busy the routed experts are, and where they are."""
-        if self._engine.experts is None:
-            raise ApiError(404, "this server has several units; experts are shown of one only", code="no_experts")
-        if (report := await self._engine.experts.report()) is None:
+        """GET /debug/experts: how busy the routed experts of each unit are, and where they are."""
+        if not (units := await self._engine.expert_loads()):
             raise ApiError(404, "this model has no routed experts", code="no_experts")
-        return _json(report)
+        return _json(Experts(units))
 
     async def _read(self, kind: type[R], request: Request) -> R:
         try:

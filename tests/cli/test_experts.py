@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 from brigade.cli import app
 from brigade.cli.experts import show
 from brigade.cli.heatmap import Panel, colour, ink_on, over_mean, span
-from brigade.engine.loads import ExpertLoads, LayerLoads, Moved
+from brigade.engine.loads import ExpertLoads, Experts, LayerLoads, Moved, UnitLoads
 from tests.serve.fake_engine import some_loads
 
 KEY = "a-key-of-some-length"
 
 
 class Server(HTTPServer):
-    status, body = 200, msgspec.json.encode(some_loads())
+    status, body = 200, msgspec.json.encode(Experts([UnitLoads("mixed 0", some_loads())]))
     asked: tuple[str, str | None] = ("", None)
 
 
@@ -81,6 +81,24 @@ def test_it_asks_with_the_key_and_shows_both_maps(server: Server) -> None:
     assert "layer   1   1.00  1.00   1.00" in now
 
 
+def test_units_are_shown_one_by_one_and_a_picture_is_of_one(server: Server, tmp_path: Path) -> None:
+    units = [UnitLoads("prefill 0", some_loads()), UnitLoads("decode 0", None, "the worker is being restarted")]
+    server.body = msgspec.json.encode(Experts(units))
+    _, out, _ = run(server)
+    assert "unit prefill 0\nExpert load" in out
+    assert "unit decode 0\nthe worker is being restarted" in out
+    assert "unit" not in run(server, "--unit", "prefill 0")[1].splitlines()[0]
+    png = ("--png", str(tmp_path / "heat.png"))
+    for arguments, code, message in (
+        (png, 2, "--png draws one unit; name it with --unit: prefill 0, decode 0"),
+        ((*png, "--unit", "decode 0"), 1, "decode 0: the worker is being restarted"),
+        (("--unit", "decode 1"), 2, "there is no unit 'decode 1'; there are: prefill 0, decode 0"),
+    ):
+        got, _, err = run(server, *arguments)
+        assert (got, message in err) == (code, True), err
+    assert run(server, *png, "--unit", "prefill 0")[0] == 0
+
+
 def test_where_nothing_moved_there_is_one_map() -> None:
     text = shown(replace(some_loads(), moved=Moved(0, 0, 0, None)))
     assert text.count("layer   1") == 1
@@ -119,7 +137,11 @@ def test_what_the_server_said_can_be_kept(server: Server, tmp_path: Path) -> Non
         (404, b'{"error": {"message": "this model has no routed experts"}}', "this model has no routed experts"),
         (200, b"{}", "did not answer as this version of Brigade does"),
         (200, b"<html>", "did not answer as this version of Brigade does"),
-        (200, msgspec.json.encode(replace(some_loads(), n_ranks=3)), "layers of other ranks"),
+        (
+            200,
+            msgspec.json.encode(Experts([UnitLoads("mixed 0", replace(some_loads(), n_ranks=3))])),
+            "layers of other ranks",
+        ),
     ],
 )
 def test_another_answer_is_one_line(server: Server, status: int, body: bytes, message: str) -> None:

@@ -70,6 +70,8 @@ async def test_text_is_that_of_one_rank(hosted: Hosted, alone: Says) -> None:
     prompts, fleet = some_prompts(9), hosted.fleet
     assert await ask_all(fleet, prompts, GREEDY) == [alone[tuple(p)][0] for p in prompts]
     assert (fleet.transfers["fetched"], fleet.transfers["computed"]) == (len(prompts), 0)
+    told = {unit.unit: unit.loads.n_ranks for unit in await fleet.expert_loads() if unit.loads}
+    assert told == {"prefill 0": 1, "decode 0": 2}
     assert await all_pages_are_back(fleet)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from brigade.engine.config import DEMO_MODEL
-from brigade.engine.loads import ExpertLoads, LayerLoads, Moved
+from brigade.engine.loads import ExpertLoads, LayerLoads, Moved, UnitLoads
 from brigade.engine.messages import Ready, Stats
 from brigade.engine.output import BadRequest, Delta, EngineError, Health, TokenLogprob, Unavailable
 from brigade.engine.tokenizer import Detokenizer, Tokenizer
@@ -65,19 +65,8 @@ class FakeGeneration:
             self.engine.end(self)
 
 
-class FakeExperts:
-    """The interface of brigade.engine.rebalance.Rebalancer, as far as routes use it: two layers of six on two ranks."""
-
-    def __init__(self) -> None:
-        self.answer: ExpertLoads | EngineError | None = some_loads()
-
-    async def report(self) -> ExpertLoads | None:
-        if isinstance(self.answer, EngineError):
-            raise self.answer
-        return self.answer
-
-
 def some_loads() -> ExpertLoads:
+    """Two layers of six experts on two ranks."""
     layers = [
         LayerLoads(
             1, [8, 0, 0, 0, 0, 0], [4.0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5, 0], [2, 2], [4, 0], 1.0, 2.0, [9, 9]
@@ -115,10 +104,16 @@ class FakeEngine:
         self.tokenizer = TOKENIZER
         self.config = SimpleNamespace(model=model, max_running=64, max_waiting=256)
         self.failed = False
-        self.experts = FakeExperts()
+        self.loads: list[UnitLoads] | EngineError = [UnitLoads("mixed 0", some_loads())]
+        """Of experts."""
         self.spec = SimpleNamespace(vocab=TOKENIZER.vocab)
         self.ready = Ready(n_pages=40, page=16, max_context=max_context, notes=[])
         self.generation: dict[str, Any] = {}
+
+    async def expert_loads(self) -> list[UnitLoads]:
+        if isinstance(self.loads, EngineError):
+            raise self.loads
+        return self.loads
 
     async def submit(self, prompt: list[int], params: SamplingParams, salt: str = "") -> FakeGeneration:
         params.check(self.spec.vocab)
