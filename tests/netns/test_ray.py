@@ -1,4 +1,4 @@
-"""Ray starts the other hosts of a unit, one a node; hosts are network namespaces. Needs the extra brigade[ray]."""
+"""Ray starts the other hosts of a fleet, one a node; hosts are network namespaces. Needs the extra brigade[ray]."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ def deployment(folder: Path, addresses: list[str]) -> Path:
     file = folder / "d.yaml"
     file.write_text(
         f"secret_file: {secret_file(folder)}\nlimits: {{kv_memory: 16MiB}}\n"
-        f"units: [{{role: mixed, hosts: [{', '.join(addresses)}]}}]\n"
+        f"units: [{{role: prefill, hosts: [{addresses[0]}]}}, {{role: decode, hosts: [{addresses[1]}]}}]\n"
     )
     return file
 
@@ -119,7 +119,7 @@ def until_listening(address: str) -> None:
 @installed
 @spaces
 @pytest.mark.timeout(280)
-def test_a_unit_is_started_on_ray_and_leaves_no_process(tmp_path: Path) -> None:
+def test_a_fleet_is_started_on_ray_and_leaves_no_process(tmp_path: Path) -> None:
     brigade = [sys.executable, "-m", "brigade"]
     with network(2) as net, cluster(net, 2) as ray, ExitStack() as stack:
         file = deployment(tmp_path, net.addresses)
