@@ -170,13 +170,14 @@ class Fleet:
         if hosts is None:
             layouts = self._layouts = tuple(on_one_host(unit.ranks) for unit in config.units)
             self._kv = KvHost.create(layouts[0].hosts[0].address, layouts)
-            return [Site(layout, unit=i, kv=self._kv) for i, layout in enumerate(layouts)]
+            return [Site(layout, unit=i, name=config.names[i], kv=self._kv) for i, layout in enumerate(layouts)]
         self._layouts = hosts.layouts
         self._kv = KvHost.create(hosts.here, hosts.layouts, hosts.secret)
         self._rendezvous = await Rendezvous.open(config.units, hosts, config.names)
         await self._rendezvous.wait()
         return [
-            Site(layout, self._rendezvous.units[i], hosts.secret, i, self._kv) for i, layout in enumerate(hosts.layouts)
+            Site(layout, self._rendezvous.units[i], hosts.secret, i, config.names[i], self._kv)
+            for i, layout in enumerate(hosts.layouts)
         ]
 
     def _open_pools(self) -> None:

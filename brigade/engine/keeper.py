@@ -71,6 +71,7 @@ class Keeper:
         self._owner, self._config, self._spec, self._experts = owner, config, spec, experts
         self._observer, self._hosts, self._kv = observer, hosts, kv
         self._site = hosts if isinstance(hosts, Site) else Site(on_one_host(config.ranks))
+        self._of = f"{self._site.name}: " if self._site.name else ""
         self.unit: Unit | None = None
         self.up = asyncio.Event()
         """Set while requests can be given to its ranks."""
@@ -113,11 +114,11 @@ class Keeper:
             self._observer.restarted()
             try:
                 await self.spawn(lambda _: None)
-                log.warning("the worker was restarted")
+                log.warning("%sthe worker was restarted", self._of)
             except LoadError as e:
                 n_failed += 1
                 self.failure = f"the worker cannot be restarted: {e}"
-                log.error(self.failure)
+                log.error("%s%s", self._of, self.failure)
                 await self._bury()
 
     async def watch(self) -> None:
@@ -130,7 +131,7 @@ class Keeper:
             for rank in range(self._config.ranks):
                 if silent := self.pulse.silent(rank, self._owner.busy):
                     why = f"nothing came from it for {silent:.1f} s"
-                    log.error("%s: %s; killing it", self.pulse.who(rank), why)
+                    log.error("%s%s: %s; killing it", self._of, self.pulse.who(rank), why)
                     self.unit.kill(rank, why)
                 else:
                     self.unit.send(rank, Ping(seq))
@@ -188,9 +189,9 @@ class Keeper:
             self.failure = f"the worker process was lost ({e}); it is being restarted"
             # Clients first: finding out why can take a moment.
             self._owner.on_unit_lost()
-            log.error("the worker process was lost: %s", e)
+            log.error("%sthe worker process was lost: %s", self._of, e)
         if ends := await self._bury():
-            log.error("what was left of it was ended: %s", ends)
+            log.error("%swhat was left of it was ended: %s", self._of, ends)
         return served
 
     def _on_broken(self, rank: int, why: str, unnoticed: float) -> None:
@@ -199,7 +200,7 @@ class Keeper:
         self._experts.lost()
         self.failure = f"{why}; it is being replaced"
         self._owner.on_rank_lost(rank)
-        log.error("lost and being replaced: %s", why)
+        log.error("%slost and being replaced: %s", self._of, why)
         self.pulse.lost(rank)
         self._observer.restarted()
         self._broken_at.setdefault(rank, time.monotonic())
@@ -213,7 +214,7 @@ class Keeper:
 
     def _on_whole(self, ready: Ready) -> None:
         took = time.monotonic() - min(self._broken_at.values())
-        log.warning("all ranks are there again after %.1f s: replaced %s", took, sorted(self._broken_at))
+        log.warning("%sall ranks are there again after %.1f s: replaced %s", self._of, took, sorted(self._broken_at))
         self.wait_no_longer()
         self.ready = ready
         self.pulse.begin()

@@ -20,6 +20,8 @@ class Site:
     secret: bytes = field(default=b"", repr=False)
     """What its ranks on several hosts know each other by."""
     unit: int = 0
+    name: str = ""
+    """Of the unit, for people; empty where there is only one."""
     kv: KvHost | None = None
     """What its ranks here share with those of other units."""
 

@@ -5,12 +5,16 @@ rank of the same unit: prompts go through memory to one and over TCP to the othe
 """
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 
+from brigade.comm.link import Link
 from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
 from brigade.engine.fleet import Fleet, FleetConfig
 from brigade.engine.host_messages import Goodbye
@@ -38,8 +42,11 @@ def config() -> FleetConfig:
 class Hosted:
     """A fleet, and the supervisors of its hosts, in this process."""
 
-    def __init__(self, fleet: Fleet, port: int, joined: dict[int, "asyncio.Task[Goodbye]"]) -> None:
-        self.fleet, self._port, self.joined = fleet, port, joined
+    def __init__(
+        self, fleet: Fleet, port: int, joined: dict[int, "asyncio.Task[Goodbye]"], sent: dict[str, bytes]
+    ) -> None:
+        """`sent`: between gateway and hosts, one message of each kind."""
+        self.fleet, self._port, self.joined, self.sent = fleet, port, joined, sent
 
     async def lose(self, host: int) -> None:
         self.joined[host].cancel()
@@ -52,13 +59,23 @@ class Hosted:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def hosted() -> AsyncIterator[Hosted]:
     others, port = workers(), free_port()
+    sent: dict[str, bytes] = {}
+    send = Link.send
+
+    def record(link: Link[Any], *messages: Any) -> None:
+        sent.update({type(m).__name__: msgspec.msgpack.encode(m) for m in messages})
+        send(link, *messages)
+
+    patched = pytest.MonkeyPatch()
+    patched.setattr(Link, "send", record)
     joined = {h: asyncio.create_task(supervise(joining(port, h))) for h in (1, 2)}
     hosts = HostsConfig(layouts=(PREFILL, DECODE), head="127.0.0.1", secret=SECRET, port=port, wait=30)
     fleet = await Fleet.start(config(), hosts=hosts)
-    kept = Hosted(fleet, port, joined)
+    kept = Hosted(fleet, port, joined, sent)
     try:
         yield kept
     finally:
+        patched.undo()
         await fleet.close()
     ends = await asyncio.wait_for(asyncio.gather(*kept.joined.values()), 20)
     assert [type(e) for e in ends] == [Goodbye, Goodbye], "hosts end with the gateway"
@@ -76,6 +93,15 @@ async def test_text_is_that_of_one_rank(hosted: Hosted, alone: Says) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_no_secret_is_sent(hosted: Hosted) -> None:
+    assert {"Begin", "StartRank", "ToRank", "Heard", "Join"} <= set(hosted.sent)
+    assert b"prefill" in hosted.sent["StartRank"] or b"decode" in hosted.sent["StartRank"]
+    for secret in (SECRET, kv_secret(SECRET)):
+        for shape in (secret, base64.b64encode(secret), secret.hex().encode()):
+            assert not any(shape in message for message in hosted.sent.values())
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_requests_go_on_when_a_host_was_lost_and_is_there_again(
     hosted: Hosted, alone: Says, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -89,6 +115,7 @@ async def test_requests_go_on_when_a_host_was_lost_and_is_there_again(
     assert await asyncio.wait_for(asyncio.gather(*answers), 30) == [alone[tuple(p)][1] for p in prompts]
     assert await until(lambda: fleet.health().ready, 20)
     assert "host 127.0.0.2 (prefill 0: rank 0; decode 0: rank 0) is gone" in caplog.text
+    assert "decode 0: lost and being replaced: rank 0: " in caplog.text
     assert await all_pages_are_back(fleet)
 
 
