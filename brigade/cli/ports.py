@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from brigade.spec.deploy import Deployment
+from brigade.spec.deploy import LOCAL, Deployment
 from brigade.spec.layout import is_loopback, links
 
 SECRET = "the secret of secret_file"
@@ -45,7 +45,7 @@ def ports(d: Deployment) -> tuple[Port, ...]:
     if d.other_hosts:
         out.append(Port(d.head, str(d.host_port), f"the other hosts ({len(d.other_hosts)})", SECRET))
     out += _between_ranks(d)
-    if is_fleet(d) and kv_link(d)[0] != "shared memory":
+    if is_fleet(d):
         out += _for_kv(d)
     return tuple(out)
 
@@ -61,10 +61,12 @@ def _between_ranks(d: Deployment) -> list[Port]:
 
 
 def _for_kv(d: Deployment) -> list[Port]:
-    """Prefill ranks are called by decode ranks of other hosts."""
+    """Prefill ranks are called by decode ranks."""
     hosts = [host for u in d.units if u.role == "prefill" for layout in u.layouts() for host in layout.hosts]
+    if not d.other_hosts:
+        return [Port(LOCAL, _free(host.n_ranks), "decode ranks", "a secret of this start") for host in hosts]
     guard = "a secret that each host derives from that one"
-    return [Port(host.address, _free(host.n_ranks), "decode ranks of other hosts", guard) for host in hosts]
+    return [Port(host.address, _free(host.n_ranks), "decode ranks", guard) for host in hosts]
 
 
 def _free(n: int) -> str:

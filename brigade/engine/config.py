@@ -162,6 +162,6 @@ class KvConfig:
     first: int = 0
     """Which of them is that of this unit's rank 0; those of its other ranks follow."""
     address: str = ""
-    """Where prefill ranks listen, each on a port of its own, for ranks that share no memory; empty: nowhere."""
+    """Where prefill ranks listen, each on a port of its own; empty: nowhere."""
     secret: bytes = field(default=b"", repr=False)
     """What ranks know each other by over TCP. Never sent: every host derives it."""

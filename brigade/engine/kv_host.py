@@ -52,13 +52,12 @@ class KvHost:
     def of(self, unit: int, kv: KvConfig) -> KvConfig:
         """What a unit says of its ranks, completed for those that run here."""
         first = list(accumulate((layout.n_ranks for layout in self._layouts), initial=0))[unit]
-        alone = all(host.address == self._address for layout in self._layouts for host in layout.hosts)
         return replace(
             kv,
             n_here=n_sharing(self._layouts, self._address),
             files=tuple(self._files) if kv.link == "shared" else (),
             first=first,
-            address="" if alone and kv.link == "shared" else self._address,
+            address=self._address,
             secret=self._secret,
         )
 

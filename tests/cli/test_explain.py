@@ -72,7 +72,7 @@ def test_the_reference_deployment_and_its_twin_have_the_same_parts_and_are_not_r
         assert (values["gateway"], values["KV transfer"]) == (first, "TCP")
         ports = {(p["where"], p["who"].split(" (")[0]) for p in found["ports"]}
         assert (first, "the other hosts") in ports
-        assert (first, "decode ranks of other hosts") in ports
+        assert (first, "decode ranks") in ports
         assert (last, "ranks of the unit's other hosts") in ports
         assert not any("refuses" in note or "units" in note for note in found["notes"])
 
@@ -136,7 +136,7 @@ ON_A, ON_B = ["10.0.0.1"], ["10.0.0.2"]
 @pytest.mark.parametrize(
     ("prefill", "decode", "link", "listening"),
     [
-        (ON_A, ON_A, "shared memory", []),
+        (ON_A, ON_A, "shared memory", ["127.0.0.1"]),
         (ON_A, ON_B, "TCP", ["10.0.0.1"]),
         (ON_A + ON_B, ON_B, "shared memory and TCP", ["10.0.0.1", "10.0.0.2"]),
     ],
@@ -147,7 +147,7 @@ def test_how_prompts_are_handed_over_follows_from_the_hosts(
     units = [{"role": "prefill", "hosts": prefill}, {"role": "decode", "hosts": decode}]
     found = explain({"secret_file": "s", "units": units})
     assert next(v.value for v in found.values if v.key == "KV transfer") == link
-    assert [p.where for p in found.ports if p.who == "decode ranks of other hosts"] == listening
+    assert [p.where for p in found.ports if p.who == "decode ranks"] == listening
     assert not any("up" in n for n in found.notes), "it runs"
 
 

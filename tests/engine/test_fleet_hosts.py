@@ -141,11 +141,9 @@ def test_ranks_of_one_host_share_memory_and_the_rest_knows_a_secret_that_is_not_
     assert SECRET not in secrets
 
 
-def test_units_of_one_host_need_no_port() -> None:
-    with contextlib.closing(KvHost.create("10.0.0.1", [PREFILL_ALONE, PREFILL_ALONE])) as host:
+def test_ranks_of_all_units_of_a_host_share_it_and_a_link_over_tcp_alone_shares_no_memory() -> None:
+    two = Layout((Host("10.0.0.1", 2),))
+    with contextlib.closing(KvHost.create("10.0.0.1", [two, two])) as host:
         kv = host.of(1, KvConfig(role="decode"))
-        assert (kv.address, kv.first, len(kv.files), kv.n_here) == ("", 2, 4, 4)
+        assert (kv.address, kv.first, len(kv.files), kv.n_here) == ("10.0.0.1", 2, 4, 4)
         assert host.of(1, KvConfig(role="decode", link="tcp")).files == ()
-
-
-PREFILL_ALONE = Layout((Host("10.0.0.1", 2),))
