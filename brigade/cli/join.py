@@ -1,4 +1,4 @@
-"""`brigade join`: this machine runs its ranks of a unit whose head is elsewhere, until the head ends it."""
+"""`brigade join`: this machine runs its ranks of units whose head is elsewhere, until the head ends it."""
 
 import asyncio
 import logging
@@ -38,7 +38,7 @@ def join(
     ] = 600.0,
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LOG_LEVELS)}.")] = "info",
 ) -> None:
-    """Run this machine's ranks of a unit; its head says which. Ctrl-C ends them."""
+    """Run this machine's ranks, of all units that have some here; the head says which. Ctrl-C ends them."""
     if log_level not in LOG_LEVELS:
         raise Fault(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {log_level}", 2)
     config = _from_file(Path(head), address, wait) if is_file(head) else None
