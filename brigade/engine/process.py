@@ -9,8 +9,11 @@ import sys
 import time
 
 from brigade.comm.channel import AsyncChannel
+from brigade.engine import forks
 from brigade.engine.messages import FromWorker, Start
 from brigade.engine.output import LoadError
+
+Child = subprocess.Popen[bytes] | forks.Forked
 
 END_DEADLINE = 5.0
 """Seconds a worker has to end by itself once its channel is closed."""
@@ -19,7 +22,7 @@ END_DEADLINE = 5.0
 class WorkerProcess:
     """A running worker. The channel closes by itself when the process dies, whatever kills it."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", channel: "AsyncChannel[FromWorker]") -> None:
+    def __init__(self, process: Child, channel: "AsyncChannel[FromWorker]") -> None:
         self._process, self.channel = process, channel
 
     @classmethod
@@ -34,7 +37,7 @@ class WorkerProcess:
             raise LoadError(f"no channel to a worker process can be made: {e}") from e
         with theirs:
             try:
-                process = _launch([theirs.fileno(), *_inherited(start)])
+                process = await _launch([theirs.fileno(), *_inherited(start)])
             except OSError as e:
                 ours.close()
                 raise LoadError(f"no worker process can be started: {e}") from e
@@ -85,21 +88,28 @@ def _inherited(start: Start) -> list[int]:
     return [*segment, *(file for file in (start.kv.files if start.kv else ()) if file >= 0)]
 
 
-def _launch(fds: list[int]) -> "subprocess.Popen[bytes]":
-    """`fds`: what the process inherits; the first is its channel."""
+async def _launch(files: list[int]) -> Child:
+    """`files`: what the process inherits, under the same numbers; the first is its channel. Raises OSError."""
+    if sys.platform != "linux":
+        return _started(files)
+    forking = asyncio.ensure_future(asyncio.to_thread(forks.fork, files))
+    try:
+        return await asyncio.shield(forking)
+    except asyncio.CancelledError:
+        process = await forking
+        process.kill()
+        process.wait()
+        raise
+
+
+def _started(files: list[int]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         # -P: -m alone would put the current directory first, and a stray module there would be run.
-        [sys.executable, "-P", "-m", "brigade.engine.loop", str(fds[0])],
-        pass_fds=fds,
+        [sys.executable, "-P", "-m", "brigade.engine.loop", str(files[0])],
+        pass_fds=files,
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone; the worker ends when it closes
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-            # OpenMP's default is to spin while waiting: two threads then take turns on a core that anything else also
-            # wants, and decoding was measured 30 times slower.
-            "OMP_WAIT_POLICY": "PASSIVE",
-        },
+        env=forks.environment(),
     )
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from tests.engine.hosting import ranks_of
+
 START_DEADLINE = 60.0
 END_DEADLINE = 15.0
 
@@ -23,13 +25,13 @@ class Server:
     @property
     def worker(self) -> psutil.Process:
         """The process that owns the model."""
-        [worker] = psutil.Process(self.process.pid).children()
+        [worker] = self.ranks
         return worker
 
     @property
     def ranks(self) -> list[psutil.Process]:
         """The processes of a unit of several ranks, in the order in which they were started."""
-        return sorted(psutil.Process(self.process.pid).children(), key=lambda p: (p.create_time(), p.pid))
+        return ranks_of(self.process.pid)
 
     def family(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.running import command, serving
-from tests.engine.hosting import free_port, secret_file
+from tests.engine.hosting import free_port, ranks_of, secret_file
 
 ASK = {"model": "brigade-demo", "prompt": "The old boat", "max_tokens": 24, "temperature": 0}
 
@@ -46,7 +46,7 @@ def test_two_hosts_say_what_one_says_and_end_together(tmp_path: Path) -> None:
     with joining(port, secret) as join:
         with serving(*head_arguments(port, secret)) as server:
             assert answer(server.url) == expected
-            assert len(psutil.Process(join.pid).children()) == 1
+            assert len(ranks_of(join.pid)) == 1
             seen = [" ".join(p.cmdline()) for p in (*server.family(), psutil.Process(join.pid))]
             assert not any("0123456789abcdef" in line for line in seen), "the secret is on no command line"
         _, err = join.communicate(timeout=15)
@@ -58,7 +58,7 @@ def test_a_head_that_is_killed_takes_no_rank_along_and_is_found_again(tmp_path: 
     with joining(port, secret) as join:
         with serving(*head_arguments(port, secret)) as server:
             expected = answer(server.url)
-            [rank] = psutil.Process(join.pid).children()
+            [rank] = ranks_of(join.pid)
             server.process.kill()
             server.process.wait()
             _, alive = psutil.wait_procs([rank], timeout=5)

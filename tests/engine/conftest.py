@@ -14,9 +14,9 @@ from brigade.engine.config import DEMO_MODEL, EngineConfig
 def workers() -> set[int]:
     """Process ids of all worker processes that this process has started and that have not ended."""
     found = set()
-    for child in psutil.Process().children(recursive=True):
+    for child in psutil.Process().children():
         try:
-            if "brigade.engine.loop" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+            if child.name() == "brigade-rank" and child.status() != psutil.STATUS_ZOMBIE:
                 found.add(child.pid)
         except psutil.NoSuchProcess:
             continue

@@ -64,6 +64,12 @@ def secret_file(folder: Path, mode: int = 0o600) -> Path:
     return path
 
 
+def ranks_of(pid: int) -> list[psutil.Process]:
+    """The worker processes of a server or supervisor, in the order in which they were started."""
+    ranks = [p for p in psutil.Process(pid).children() if p.name() == "brigade-rank"]
+    return sorted(ranks, key=lambda p: (p.create_time(), p.pid))
+
+
 class Supervisor:
     """`brigade join` as a process, and the ranks under it."""
 
@@ -74,7 +80,7 @@ class Supervisor:
 
     def ranks(self) -> list[psutil.Process]:
         """In the order of their start."""
-        return sorted(psutil.Process(self.process.pid).children(), key=lambda p: p.create_time())
+        return ranks_of(self.process.pid)
 
     def close(self) -> None:
         family = [*psutil.Process(self.process.pid).children(), self.process] if self.process.poll() is None else []
