@@ -25,6 +25,8 @@ class Request:
     """Tenants with different salts never share cached pages."""
     n_prompt: int = field(default=0, kw_only=True)
     """Of `tokens`, those that are the prompt; 0: all. The others were generated elsewhere, and count as new ones."""
+    priority: int = field(default=0, kw_only=True)
+    """Lower values go first."""
     done: int = 0
     begun: int = 0
     """Where it went on when it was last admitted: what the cache had of it."""

@@ -4,7 +4,8 @@ Life of a request:
 1. add: it waits.
 2. plan admits it: cached prefix pages and fresh pages are taken; part of it runs in this step.
 3. plan, again and again: the rest of the prompt in chunks, then one token a step.
-4. preempted, maybe: pages ran out, the youngest request gives its pages back and waits again; its tokens stay.
+4. preempted, maybe: pages ran out, the youngest of the least urgent requests gives its pages back and waits again; its
+   tokens stay.
 5. commit tells its new tokens; the last one finishes it. Its pages stay held.
 6. release gives the pages back. (abort is release at any moment.)
 
@@ -18,7 +19,7 @@ undo takes back plans that will never be run, newest first, as if they had not b
 plan() may be called again before commit(): steps run in plan order, so a plan relies on earlier plans, not on results.
 """
 
-from collections import deque
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,10 +69,11 @@ class StepPlan:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, first come first served.
+    """Continuous batching with chunked prefill, by priority (lower values first), then first come first served.
 
-    Running requests come first, oldest first; what is left of the step's token budget admits waiting ones. So a decode
-    never waits for more than one chunk of somebody's prompt.
+    Running requests come first; what is left of the step's token budget admits waiting ones. Each leaves a token of the
+    budget to every one behind it, so a decode never waits for more than one chunk of somebody's prompt, also not of a
+    more urgent one. Less urgent requests wait as long as there are more urgent ones to admit: nothing ages.
 
     `share_answers` False is for models that compute the rows before a slice's prompt_end in their own way: then only
     those are found by other requests, and the next turn of a chat computes the last answer once more, as a prompt.
@@ -82,8 +84,10 @@ class Scheduler:
             raise ValueError("max_step_tokens and max_running must be at least 1")
         self.pool, self.max_step_tokens, self.max_running = pool, max_step_tokens, max_running
         self.share_answers = share_answers
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
+        """In the order in which they are admitted; those that were preempted before others of their priority."""
         self.running: list[Request] = []
+        """The most urgent first, then the oldest: pages are taken from the end."""
         self.live: dict[int, Request] = {}
         self.arriving: dict[int, Request] = {}
         """Requests that hold pages which are being filled from elsewhere. They are not live: no step has them."""
@@ -102,7 +106,7 @@ class Scheduler:
         """
         self.check(req)
         self.live[req.rid] = req
-        self.waiting.append(req)
+        _last_of_its_priority(self.waiting, req)
 
     def check(self, req: Request) -> None:
         """Raise ValueError if this request could never run here."""
@@ -116,10 +120,11 @@ class Scheduler:
         """Hold pages for all tokens of a request whose cache will come from elsewhere; False if there is no room now.
 
         `req.done` positions are found in the own prefix cache and need not come. Requests that were preempted go
-        first. Raises ValueError as `add` does.
+        first, unless they are less urgent. Raises ValueError as `add` does.
         """
         self.check(req)
-        if self.waiting or self._n_taken >= self.max_running:
+        before = self.waiting and self.waiting[0].priority <= req.priority
+        if before or self._n_taken >= self.max_running:
             return False
         found, known = self.pool.match(self._shareable(req), req.salt)
         pages = self.pool.take(self._n_pages(len(req.tokens)) - len(found), found, spare=self._n_taken)
@@ -145,18 +150,20 @@ class Scheduler:
         self.live[rid] = req
         if not filled:
             self._give_back(req)
-            self.waiting.append(req)
+            _last_of_its_priority(self.waiting, req)
             return
         req.done, req.begun = len(req.tokens) - 1, _ADOPTED
-        self.running.append(req)
+        _last_of_its_priority(self.running, req)
         self._publish(req)
 
     def plan(self) -> StepPlan:
         """The next step. Empty when nothing can run before a commit, or nothing is left to do."""
         budget, slices = self.max_step_tokens, list[Slice]()
         n_preempted = self.n_preempted
-        for req in list(self.running):  # a victim of preemption is always younger, so never already in `slices`
-            n = min(req.todo, budget)
+        n_behind = len(self.running)
+        for req in list(self.running):  # a victim of preemption is always behind, so never already in `slices`
+            n_behind -= 1
+            n = min(req.todo, budget, max(budget - n_behind, 1))
             if n and req in self.running and self._grow(req, n):
                 slices.append(self._slice(req, n))
                 budget -= n
@@ -269,25 +276,25 @@ class Scheduler:
         req.pages, req.known, req.done, req.begun = pages, known, n_cached, n_cached
         if req.n_cached is None:
             req.n_cached = n_cached
-        self.running.append(self.waiting.popleft())
+        _last_of_its_priority(self.running, self.waiting.pop(0))
         return self._slice(req, n)
 
     def _unadmit(self, req: Request) -> None:
         """The opposite of `_admit`."""
         self.running.remove(req)
         self._give_back(req)
-        self.waiting.appendleft(req)
+        _first_of_its_priority(self.waiting, req)
         if len(req.tokens) == req.n_prompt:
             req.n_cached = None  # pages that it found may have been taken back as well
 
     def _grow(self, req: Request, n: int) -> bool:
-        """Get the pages for n more positions, preempting from the youngest on; False if req itself had to go."""
+        """Get the pages for n more positions, preempting from the last one on; False if req itself had to go."""
         need = self._n_pages(req.done + n) - len(req.pages)
         while (pages := self.pool.take(max(need, 0))) is None:
             victim = self.running.pop()
             self.n_preempted += 1
             self._give_back(victim)
-            self.waiting.appendleft(victim)
+            _first_of_its_priority(self.waiting, victim)
             if victim is req:
                 return False
         req.pages += pages
@@ -323,3 +330,15 @@ class Scheduler:
 
     def _n_pages(self, n: int) -> int:
         return -(-n // self.pool.page)
+
+
+def _priority(req: Request) -> int:
+    return req.priority
+
+
+def _last_of_its_priority(queue: list[Request], req: Request) -> None:
+    queue.insert(bisect_right(queue, req.priority, key=_priority), req)
+
+
+def _first_of_its_priority(queue: list[Request], req: Request) -> None:
+    queue.insert(bisect_left(queue, req.priority, key=_priority), req)

@@ -101,6 +101,8 @@ class Load:
     """Request -> step at which its caller leaves."""
     hold: int = 0
     """Steps between the end of a request and the release of its pages (a hand-over takes that long)."""
+    priorities: dict[int, int] = field(default_factory=dict)
+    """Of requests that do not have priority 0."""
 
 
 def random_load(rng: random.Random, *, aborts: bool = True) -> Load:
@@ -126,6 +128,7 @@ def random_load(rng: random.Random, *, aborts: bool = True) -> Load:
         arrivals=[rng.choice((0, 0, rng.randrange(20))) for _ in range(n)],
         aborts={i: rng.randrange(30) for i in range(n) if aborts and rng.random() < 0.2},
         hold=rng.choice((0, 0, 0, 3)),
+        priorities={i: rng.randint(-2, 2) for i in range(n)} if rng.random() < 0.5 else {},
     )
 
 
@@ -158,7 +161,10 @@ def play(
     limits = {"max_step_tokens": load.max_step_tokens, "max_running": load.max_running}
     sched = make_scheduler(pool, **limits, share_answers=share_answers)
     rank = FakeRank(load.n_pages, load.page, two_forms)
-    requests = {i: Request(i, list(p), m, s, salt) for i, (p, m, s, salt) in enumerate(load.requests)}
+    requests = {
+        i: Request(i, list(p), m, s, salt, priority=load.priorities.get(i, 0))
+        for i, (p, m, s, salt) in enumerate(load.requests)
+    }
     pending: deque[tuple[StepPlan, dict[int, int]]] = deque()
     ended: deque[tuple[int, Request, list[int]]] = deque()
     run = Run({}, set(), 0, 0, 0, 0, 0)
@@ -199,7 +205,7 @@ def play(
 
 
 def step_bound(load: Load) -> int:
-    """Every step advances the oldest running request, unless it waits for a commit or for pages to be released."""
+    """Every step advances the first running request, unless it waits for a commit or for pages to be released."""
     work = sum(len(p) + m for p, m, _, _ in load.requests)
     return max(load.arrivals, default=0) + (load.depth + 1) * (work + load.hold * len(load.requests)) + 10
 
@@ -229,6 +235,8 @@ def check_state(sched: Scheduler, ended: list[Request], pending: list[StepPlan])
     assert pool.n_free == pool.n_pages - len(held)
     assert len(sched.running) <= sched.max_running
     everyone = [*sched.running, *sched.waiting]
+    for queue in (sched.running, sched.waiting):
+        assert [r.priority for r in queue] == sorted(r.priority for r in queue)
     assert len(everyone) == len(sched.live)
     assert all(sched.live[r.rid] is r for r in everyone)
     samples = Counter(s.rid for p in pending for s in p.slices if s.sample)

@@ -315,6 +315,57 @@ def test_what_is_cached_is_counted_when_a_request_first_runs() -> None:
     assert victim.n_cached == 0
 
 
+# Priorities ----------------------------------------------------------------------------------------------------------
+
+
+def test_lower_priorities_are_admitted_first_and_equal_ones_as_they_came() -> None:
+    sched = make(max_running=1)
+    for rid, priority in enumerate((0, 5, -1, 5, 0)):
+        sched.add(Request(rid, prompt(2, 10 * rid), max_new=1, priority=priority))
+    assert [step(sched)[0][0] for _ in range(5)] == [2, 0, 4, 1, 3]
+
+
+def test_the_least_urgent_request_gives_way_however_old_it_is() -> None:
+    sched = crowd(n_pages=5, n=0, max_new=7)
+    sched.add(Request(0, prompt(2), max_new=7, priority=1))
+    step(sched)
+    sched.add(Request(1, prompt(2, 10), max_new=7))
+    while not sched.n_preempted:
+        step(sched)
+    assert [r.rid for r in sched.running] == [1]
+    assert [r.rid for r in sched.waiting] == [0]
+
+
+def test_a_preempted_request_waits_behind_more_urgent_ones() -> None:
+    sched = crowd(n_pages=5, n=2, max_new=7)
+    sched.max_running = 2
+    step(sched)
+    sched.add(Request(7, [70, 71], max_new=1, priority=-1))
+    sched.add(Request(8, [80, 81], max_new=1))
+    while not sched.n_preempted:
+        step(sched)
+    assert [r.rid for r in sched.waiting] == [7, 1, 8]
+
+
+def test_an_urgent_prompt_leaves_a_token_of_each_step_to_every_decode() -> None:
+    sched = make(max_step_tokens=8, page=64)
+    sched.add(Request(0, prompt(2), max_new=20))
+    sched.add(Request(1, prompt(2, 10), max_new=20))
+    step(sched)
+    sched.add(Request(2, prompt(30, 100), max_new=2, priority=-3))
+    step(sched)
+    assert step(sched) == [(2, 6, 12, False), (0, 3, 4, True), (1, 3, 4, True)]
+
+
+def test_a_less_urgent_preempted_request_does_not_hold_up_pages_for_a_prompt_from_elsewhere() -> None:
+    sched = crowd(n_pages=6, n=2, max_new=9)
+    while not sched.n_preempted:
+        step(sched)
+    sched.abort(0)
+    assert not sched.reserve(Request(8, [80], max_new=2))
+    assert sched.reserve(Request(9, [90], max_new=2, priority=-1))
+
+
 # Preemption ----------------------------------------------------------------------------------------------------------
 
 
