@@ -1,8 +1,10 @@
-"""One request on its way over two ranks: a prefill rank computes its prompt, a decode rank goes on. Pure: events in,
-actions out. It sends nothing and reads no clock; whoever drives it does what the actions say and reports events.
+"""One request on its way over two ranks: a prefill rank computes its prompt, a decode rank goes on; or over one of a
+mixed unit, which does both. Pure: events in, actions out. It sends nothing and reads no clock; whoever drives it does
+what the actions say and reports events.
 
 state         who holds pages                          ends at its deadline with
 queued        nobody                                   an error
+computing     the decode rank: it does it all          an error
 routed        the decode rank, once it has room        an error
 prefilling    decode: for the prompt; prefill          an error
 transferring  both; the decode rank's are written      the loss of the decode rank's copy: queued again
@@ -27,6 +29,7 @@ from brigade.core.request import Request
 
 class State(StrEnum):
     QUEUED = auto()
+    COMPUTING = auto()
     ROUTED = auto()
     PREFILLING = auto()
     TRANSFERRING = auto()
@@ -37,6 +40,10 @@ class State(StrEnum):
 class Event(StrEnum):
     PLACED = auto()
     """A decode rank was chosen."""
+    PLACED_WHOLE = auto()
+    """A rank was chosen that computes the prompt itself and goes on: it counts as the decode rank."""
+    STARTED = auto()
+    """That one has sampled the first token."""
     RESERVED = auto()
     """It holds pages for the prompt."""
     COMPUTED = auto()
@@ -59,6 +66,8 @@ class Event(StrEnum):
 class Action(StrEnum):
     PLACE = auto()
     """Choose a decode rank, now or when there is one."""
+    COMPUTE = auto()
+    """Give the decode rank the whole request."""
     RESERVE = auto()
     """Ask the decode rank for pages."""
     PREFILL = auto()
@@ -76,8 +85,15 @@ _S, _E, _A = State, Event, Action
 
 TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (_S.QUEUED, _E.PLACED): (_S.ROUTED, (_A.RESERVE,)),
+    (_S.QUEUED, _E.PLACED_WHOLE): (_S.COMPUTING, (_A.COMPUTE,)),
     (_S.QUEUED, _E.LEFT): (_S.ENDED, ()),
     (_S.QUEUED, _E.EXPIRED): (_S.ENDED, (_A.FAIL,)),
+    (_S.COMPUTING, _E.STARTED): (_S.DECODING, ()),
+    (_S.COMPUTING, _E.FINISHED): (_S.ENDED, ()),
+    (_S.COMPUTING, _E.DECODE_LOST): (_S.QUEUED, (_A.PLACE,)),
+    (_S.COMPUTING, _E.REFUSED): (_S.ENDED, (_A.FAIL,)),
+    (_S.COMPUTING, _E.LEFT): (_S.ENDED, (_A.DROP_DECODE,)),
+    (_S.COMPUTING, _E.EXPIRED): (_S.ENDED, (_A.DROP_DECODE, _A.FAIL)),
     (_S.ROUTED, _E.RESERVED): (_S.PREFILLING, (_A.PREFILL,)),
     (_S.ROUTED, _E.DECODE_LOST): (_S.QUEUED, (_A.PLACE,)),
     (_S.ROUTED, _E.REFUSED): (_S.ENDED, (_A.FAIL,)),
@@ -109,6 +125,7 @@ class Deadlines:
     """Seconds that a request may be in a state. Decoding begins anew with every token."""
 
     queued: float = 30.0
+    computing: float = 1800.0
     routed: float = 600.0
     prefilling: float = 600.0
     transferring: float = 60.0

@@ -36,7 +36,7 @@ class Transfer:
 
 
 class Rank:
-    """One rank of either role, with the rules that the module's text gives."""
+    """One rank, with the rules that the module's text gives. What it does for a request, the request says."""
 
     def __init__(self, world: "World", role: str, page: int, n_pages: int, scheduler: type[Scheduler]) -> None:
         self.world, self.role, self.rng = world, role, world.rng
@@ -68,6 +68,10 @@ class Rank:
         new = len(tokens) - len(prompt)
         self.hold_from[rid] = start
         self.scheduler.add(Request(rid, tokens, min(max_new, new + 1), stops, n_prompt=len(prompt)))
+
+    def compute(self, rid: int, tokens: list[int], p: Prompt) -> None:
+        prompt, max_new, stops = p
+        self.scheduler.add(Request(rid, tokens, max_new, stops, n_prompt=len(prompt)))
 
     def reserve(self, rid: int, tokens: list[int], p: Prompt) -> None:
         prompt, max_new, stops = p
@@ -149,7 +153,7 @@ class Rank:
                 self.world.heard_token(rid, new[rid], last=False)
         for req in finished:
             rid, token = req.rid, new[req.rid]
-            if self.role == "prefill" and self.world.goes_on(rid, token):
+            if rid in self.hold_from and self.world.goes_on(rid, token):
                 self.leases.hold(req, self.world.now + self.rng.choice(self.world.leases))
                 page = self.cache.page
                 rows = [self.cache.cache[pages[rid][i // page]][i % page] for i in range(len(req.tokens) - 1)]
@@ -222,7 +226,7 @@ class Client:
 class World:
     """The gateway and time."""
 
-    def __init__(self, seed: int, scheduler: type[Scheduler] = Scheduler, losses: bool = True) -> None:
+    def __init__(self, seed: int, scheduler: type[Scheduler] = Scheduler, losses: bool = True, mixed: bool = True) -> None:
         rng = self.rng = random.Random(seed)
         self.now, self.rids = 0, 0
         self.p_undo, self.p_bad = (rng.choice((0, 0.02, 0.1)), rng.choice((0, 0.2))) if losses else (0.0, 0.0)
@@ -251,6 +255,7 @@ class World:
 
         self.make = [make("prefill") for _ in range(rng.randint(1, 2))]
         self.make += [make("decode") for _ in range(rng.randint(1, 2))]
+        self.make += [make("mixed") for _ in range(rng.choice((0, 0, 1, 2)))] if mixed else []
         self.ranks = [m() for m in self.make]
 
     def play(self) -> "World":
@@ -280,10 +285,10 @@ class World:
         self.n_lost += 1
         for cells in old.cache.cache:  # whoever still reads it reads anything
             cells[:] = [self.rng.randrange(1 << 30) for _ in cells]
-        event = Event.PREFILL_LOST if old.role == "prefill" else Event.DECODE_LOST
         for client in self.clients:
-            if not client.ended and client.rank.get(old.role, (None, 0))[0] is old:
-                self.on(client, event)
+            for side, event in (("prefill", Event.PREFILL_LOST), ("decode", Event.DECODE_LOST)):
+                if not client.ended and client.rank.get(side, (None, 0))[0] is old:
+                    self.on(client, event)
 
     # What ranks say
 
@@ -305,6 +310,8 @@ class World:
         client.since = self.now
         if last:
             self.on(client, Event.FINISHED)
+        elif client.handover.state is State.COMPUTING:
+            self.on(client, Event.STARTED)
 
     def goes_on(self, rid: int, token: int) -> bool:
         """What a rank knows itself: whether the first token is the last one, too."""
@@ -331,8 +338,11 @@ class World:
         for action in actions:
             match action:
                 case Action.PLACE:
-                    self.choose(client, "decode")
-                    self.on(client, Event.PLACED)
+                    rank, _ = self.choose(client, "decode")
+                    self.on(client, Event.PLACED_WHOLE if rank.role == "mixed" else Event.PLACED)
+                case Action.COMPUTE:
+                    rank, rid = client.rank["decode"]
+                    rank.tell(rank.compute, rid, tokens, client.prompt)
                 case Action.RESERVE:
                     rank, rid = client.rank["decode"]
                     rank.tell(rank.reserve, rid, tokens, client.prompt)
@@ -354,7 +364,7 @@ class World:
                     client.failed = True
 
     def choose(self, client: Client, role: str) -> tuple[Rank, int]:
-        rank = self.rng.choice([r for r in self.ranks if r.role == role])
+        rank = self.rng.choice([r for r in self.ranks if r.role in (role, "mixed")])
         self.rids += 1
         self.who[self.rids] = client, role
         client.rank[role] = rank, self.rids
@@ -383,7 +393,7 @@ def test_every_request_says_what_it_says_alone_and_every_page_comes_back(seed: i
 
 @pytest.mark.parametrize("seed", range(30))
 def test_without_losses_every_prompt_is_fetched_and_none_is_computed_twice(seed: int) -> None:
-    world = World(3000 + seed, losses=False).play()
+    world = World(3000 + seed, losses=False, mixed=False).play()
     world.check_texts()
     assert world.n_filled == world.events[State.TRANSFERRING, Event.ADOPTED]
 
@@ -498,6 +508,7 @@ def test_what_ends_with_its_first_token_is_not_adopted_and_holds_nothing() -> No
 
 HOLDS = {
     State.QUEUED: set[str](),
+    State.COMPUTING: {"decode"},
     State.ROUTED: {"decode"},
     State.PREFILLING: {"prefill", "decode"},
     State.TRANSFERRING: {"prefill", "decode"},
@@ -512,8 +523,9 @@ def test_whoever_holds_something_that_is_not_needed_any_more_is_told(state: Stat
     after, actions = TABLE[state, event]
     holds = set(HOLDS[state])
     holds -= {"prefill"} if event in (Event.PREFILL_LOST, Event.FINISHED) else set()
-    holds -= {"decode"} if event is Event.DECODE_LOST or (state, event) == (State.ROUTED, Event.REFUSED) else set()
-    if (state, event) == (State.DECODING, Event.FINISHED):
+    refused = event is Event.REFUSED and state in (State.ROUTED, State.COMPUTING)
+    holds -= {"decode"} if event is Event.DECODE_LOST or refused else set()
+    if event is Event.FINISHED and state in (State.DECODING, State.COMPUTING):
         holds = set()
     if (state, event) == (State.PREFILLING, Event.REFUSED):
         holds -= {"prefill"}
