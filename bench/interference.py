@@ -18,9 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from brigade.engine.client import Engine
 from brigade.engine.config import EngineConfig
-from brigade.engine.fleet import AnyEngine, Fleet, FleetConfig
+from brigade.engine.fleet import Fleet
+from brigade.engine.fleet_config import FleetConfig, UnitConfig
 from brigade.spec.sampling import SamplingParams
 
 CHAT_PROMPT, CHAT_TOKENS = 32, 128
@@ -37,7 +37,7 @@ class Heard:
         """Seconds until the first token of a long prompt."""
 
 
-async def run(engine: AnyEngine, options: argparse.Namespace) -> Heard:
+async def run(engine: Fleet, options: argparse.Namespace) -> Heard:
     """Chats and long prompts for `--seconds`."""
     heard, rng, vocab = Heard(), random.Random(1), engine.spec.vocab
     until = time.perf_counter() + options.seconds
@@ -74,12 +74,14 @@ async def run(engine: AnyEngine, options: argparse.Namespace) -> Heard:
     return heard
 
 
-async def start(name: str, options: argparse.Namespace) -> AnyEngine:
+async def start(name: str, options: argparse.Namespace) -> Fleet:
     """`mixed` or `apart`, on all cores."""
     base = EngineConfig(model=str(options.checkpoint), max_step_tokens=options.chunk, max_running=options.chats + 8)
     if name == "mixed":
-        return await Engine.start(base)
-    return await Fleet.start(FleetConfig(prefill=(base,), decode=(base,)))
+        return await Fleet.start(FleetConfig.alone(base))
+    prefill = UnitConfig(name="prefill-0", role="prefill", engine=base)
+    decode = UnitConfig(name="decode-0", role="decode", engine=base)
+    return await Fleet.start(FleetConfig(units=(prefill, decode)))
 
 
 async def measure(options: argparse.Namespace) -> int:

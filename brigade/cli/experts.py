@@ -29,7 +29,7 @@ def experts(
         ),
     ] = None,
     unit: Annotated[
-        str | None, typer.Option(metavar="NAME", help='Of this unit alone, like "decode 0". Default: of all.')
+        str | None, typer.Option(metavar="NAME", help="Of this unit alone, like decode-0. Default: of all.")
     ] = None,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw one unit's heat map into this PNG file.")

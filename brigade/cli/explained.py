@@ -16,7 +16,7 @@ from brigade.core import placement
 from brigade.core.placement import Placement
 from brigade.engine.auto import Machine
 from brigade.engine.config import EngineConfig
-from brigade.spec.deploy import Deployment, Units
+from brigade.spec.deploy import Deployment, Units, unit_names
 from brigade.spec.layout import Layout, is_loopback, n_sharing
 from brigade.spec.memory import Part, WeightKind, kv_bytes, weight_bytes
 from brigade.spec.model import ModelSpec
@@ -88,11 +88,9 @@ class Explained:
 def explain(deployed: Deployed, spec: ModelSpec, machine: Machine) -> Explained:
     """Everything the file leads to, if this machine is `machine`. Raises Fault for numbers that do not fit."""
     d = deployed.what
-    units: list[Unit] = []
-    for kind in d.units:
-        for layout in kind.layouts():
-            same_role = [u for u in units if u.role == kind.role]
-            units.append(_unit(deployed, spec, machine, kind, layout, len(same_role)))
+    each = [(kind, layout) for kind in d.units for layout in kind.layouts()]
+    named = zip(unit_names(d), each, strict=True)
+    units = [_unit(deployed, spec, machine, kind, layout, name) for name, (kind, layout) in named]
     return Explained(
         file=str(deployed.file),
         values=_values(deployed, spec),
@@ -107,10 +105,10 @@ def cannot_run(deployed: Deployed, spec: ModelSpec) -> list[str]:
     d, out = deployed.what, []
     if spec.moe is None and any(u.redundant_experts for u in d.units):
         out.append("redundant_experts: this model has no routed experts; leave the key out")
-    if not is_fleet(d) and (len(d.units) > 1 or d.units[0].count > 1 or d.units[0].role != "mixed"):
-        what = ", ".join(f"{u.count} {u.role}" for u in d.units)
-        runs = "one unit of role mixed, or units of roles prefill and decode, at least one of each"
-        out.append(f"units: {what}; this version runs {runs}, so `brigade up` refuses the file")
+    roles = {u.role for u in d.units}
+    if not (roles >= {"prefill", "decode"} or "mixed" in roles):
+        runs = "units of roles prefill and decode, at least one of each, or one of role mixed"
+        out.append(f"units: there are only {roles.pop()} units; a deployment has {runs}")
         return out
     for i, units in enumerate(d.units):
         out += _unit_problems(f"units[{i}]", units, units.layouts()[0], spec)
@@ -166,10 +164,10 @@ def _kind(d: Deployment) -> WeightKind:
     return "bf16" if d.weights == "auto" else d.weights
 
 
-def _unit(deployed: Deployed, spec: ModelSpec, machine: Machine, kind: Units, layout: Layout, number: int) -> Unit:
+def _unit(deployed: Deployed, spec: ModelSpec, machine: Machine, kind: Units, layout: Layout, name: str) -> Unit:
     placed = _placed(spec, kind, layout)
     return Unit(
-        name=f"{kind.role} {number}",
+        name=name,
         role=kind.role,
         values=_unit_values(deployed, spec, kind, layout, placed),
         hosts=tuple(h.address for h in layout.hosts),

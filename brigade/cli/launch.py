@@ -8,13 +8,12 @@ from brigade.cli.deployed import Deployed
 from brigade.cli.deployment_file import read_deployment
 from brigade.cli.explained import cannot_run, memory_of
 from brigade.cli.fault import Fault
-from brigade.cli.ports import is_fleet
 from brigade.cli.secret import read_secret
 from brigade.engine.auto import this_machine
 from brigade.engine.config import EngineConfig, HostsConfig
-from brigade.engine.fleet import FleetConfig
+from brigade.engine.fleet_config import FleetConfig, UnitConfig
 from brigade.spec.config import BadConfig, read_spec
-from brigade.spec.deploy import Units
+from brigade.spec.deploy import Units, unit_names
 from brigade.spec.layout import Layout
 from brigade.spec.model import ModelSpec
 
@@ -24,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a deployment runs: one unit, or a fleet of several."""
+    """What a deployment runs: one unit or several."""
 
     deployed: Deployed
     layouts: tuple[Layout, ...]
     """Of each unit."""
-    runs: EngineConfig | FleetConfig
+    fleet: FleetConfig
     hosts: HostsConfig | None
     """None: all ranks are on this machine."""
 
     @property
     def units(self) -> tuple[EngineConfig, ...]:
-        return self.runs.units if isinstance(self.runs, FleetConfig) else (self.runs,)
+        return tuple(unit.engine for unit in self.fleet.units)
 
     def join(self, address: str, wait: float) -> "JoinConfig":
         """How the host with this address joins. Raises Fault for an address that is not in the file."""
@@ -46,14 +45,13 @@ class Launch:
         if self.hosts is None or address not in others:
             known = f"they are {', '.join(others)}" if others else "there are none"
             raise Fault(f"{self.deployed.file}: {address} is not one of the hosts that join; {known}", 2)
-        names = self.runs.names if isinstance(self.runs, FleetConfig) else ("the unit",)
         return JoinConfig(
             head=(self.hosts.here, self.hosts.port),
             address=address,
             secret=self.hosts.secret,
             model=self.units[0].model,
             wait=wait,
-            terms=layout_terms(self.layouts, self.units, names),
+            terms=layout_terms(self.layouts, self.units, self.fleet.names),
         )
 
 
@@ -67,18 +65,13 @@ def read_launch(file: Path) -> Launch:
     if problems := cannot_run(deployed, spec):
         raise Fault(f"{file}: {problems[0].removeprefix(f'{file}: ')}", 2)
     d = deployed.what
-    by_role = {
-        role: [(engine_config(deployed, spec, u), layout) for u in d.units if u.role == role for layout in u.layouts()]
-        for role in ("mixed", "prefill", "decode")
-    }
-    layouts = tuple(layout for placed in by_role.values() for _, layout in placed)
-    runs: EngineConfig | FleetConfig
-    if is_fleet(d):
-        prefill, decode = (tuple(config for config, _ in by_role[role]) for role in ("prefill", "decode"))
-        runs = FleetConfig(prefill=prefill, decode=decode)
-    else:
-        [(runs, _)] = by_role["mixed"]
-    return Launch(deployed, layouts, runs, _hosts(deployed, layouts))
+    each = [(units, layout) for units in d.units for layout in units.layouts()]
+    units = tuple(
+        UnitConfig(name=name, role=u.role, engine=engine_config(deployed, spec, u))
+        for name, (u, _) in zip(unit_names(d), each, strict=True)
+    )
+    layouts = tuple(layout for _, layout in each)
+    return Launch(deployed, layouts, FleetConfig(units=units), _hosts(deployed, layouts))
 
 
 def engine_config(deployed: Deployed, spec: ModelSpec, units: Units | None = None) -> EngineConfig:

@@ -19,20 +19,17 @@ class Port:
 
 
 def is_fleet(d: Deployment) -> bool:
-    """Whether prompts are computed by units of their own."""
-    return {u.role for u in d.units} == {"prefill", "decode"}
+    """Whether there are several units."""
+    return sum(u.count for u in d.units) > 1
 
 
 def kv_link(d: Deployment) -> tuple[str, str]:
-    """How prompts get from prefill ranks to decode ranks, and why: decided for each two ranks by their hosts."""
-    prefill, decode = (
-        [layout for u in d.units if u.role == role for layout in u.layouts()] for role in ("prefill", "decode")
-    )
-    match links(prefill, decode):
+    """How prompts get from one unit to another, and why: decided for each two ranks by their hosts."""
+    match links([layout for u in d.units for layout in u.layouts()]):
         case ("shared",):
             return "shared memory", "all ranks are on one host"
         case ("tcp",):
-            return "TCP", "no host has prefill and decode ranks"
+            return "TCP", "no host has ranks of two units"
     return "shared memory and TCP", "memory where both ranks are on one host, TCP where they are not"
 
 
@@ -61,12 +58,12 @@ def _between_ranks(d: Deployment) -> list[Port]:
 
 
 def _for_kv(d: Deployment) -> list[Port]:
-    """Prefill ranks are called by decode ranks."""
-    hosts = [host for u in d.units if u.role == "prefill" for layout in u.layouts() for host in layout.hosts]
+    """Ranks are called by those of other units, which fetch prompts."""
+    hosts = [host for u in d.units for layout in u.layouts() for host in layout.hosts]
     if not d.other_hosts:
-        return [Port(LOCAL, _free(host.n_ranks), "decode ranks", "a secret of this start") for host in hosts]
+        return [Port(LOCAL, _free(host.n_ranks), "ranks of other units", "a secret of this start") for host in hosts]
     guard = "a secret that each host derives from that one"
-    return [Port(host.address, _free(host.n_ranks), "decode ranks", guard) for host in hosts]
+    return [Port(host.address, _free(host.n_ranks), "ranks of other units", guard) for host in hosts]
 
 
 def _free(n: int) -> str:

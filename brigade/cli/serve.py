@@ -24,11 +24,11 @@ from brigade.cli.machine import port_problem
 from brigade.cli.secret import read_secret
 from brigade.cli.units import parse_size
 from brigade.engine.config import DEMO_MODEL, JOIN_PORT, Dtype, EngineConfig, HostsConfig, Weights, Wire
+from brigade.engine.fleet_config import FleetConfig
 from brigade.serve.config import ConfigError, ServeConfig
 from brigade.spec.layout import Host, Layout
 
 if TYPE_CHECKING:
-    from brigade.engine.fleet import FleetConfig
     from brigade.engine.messages import Loading
 
 DEMO_NAME = "brigade-demo"
@@ -148,7 +148,7 @@ def serve(
         web.check()
     except ValueError as e:
         raise Fault(str(e), 2) from e
-    start(engine, web, log_level, several, until_eof)
+    start(FleetConfig.alone(engine), web, log_level, several, until_eof)
 
 
 def check_log_level(log_level: str) -> None:
@@ -157,7 +157,7 @@ def check_log_level(log_level: str) -> None:
 
 
 def start(
-    engine: "EngineConfig | FleetConfig",
+    fleet: FleetConfig,
     web: ServeConfig,
     log_level: str,
     hosts: HostsConfig | None = None,
@@ -172,7 +172,7 @@ def start(
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if until_eof:
         threading.Thread(target=_interrupt_at_eof, daemon=True).start()
-    run(engine, web, log_level, hosts)
+    run(fleet, web, log_level, hosts)
 
 
 def parse_hosts(hosts: str, secret_file: str, port: int) -> HostsConfig:
@@ -205,9 +205,7 @@ def served_name(model: str | None) -> str:
     return Path(model).resolve().name
 
 
-def run(
-    engine_config: "EngineConfig | FleetConfig", web: ServeConfig, log_level: str, hosts: HostsConfig | None = None
-) -> None:
+def run(config: FleetConfig, web: ServeConfig, log_level: str, hosts: HostsConfig | None = None) -> None:
     """Load a model and serve it until a signal comes; over several hosts, wait for them first. Raises Fault."""
     import uvloop
 
@@ -217,7 +215,7 @@ def run(
     heard: list[int] = []
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_load_and_serve(engine_config, web, log_level, heard, hosts))
+            runner.run(_load_and_serve(config, web, log_level, heard, hosts))
     except (LoadError, ConfigError) as e:  # ConfigError: the checkpoint's chat template or defaults
         raise Fault(str(e), 2) from e
     except PortInUse as e:
@@ -227,14 +225,9 @@ def run(
 
 
 async def _load_and_serve(
-    engine_config: "EngineConfig | FleetConfig",
-    web: ServeConfig,
-    log_level: str,
-    heard: list[int],
-    hosts: HostsConfig | None,
+    config: FleetConfig, web: ServeConfig, log_level: str, heard: list[int], hosts: HostsConfig | None
 ) -> None:
-    from brigade.engine.client import Engine
-    from brigade.engine.fleet import Fleet, FleetConfig
+    from brigade.engine.fleet import Fleet
     from brigade.serve.metrics import Metrics
     from brigade.serve.server import serve as serve_http
 
@@ -246,13 +239,8 @@ async def _load_and_serve(
 
     metrics = Metrics()
     _cancel_at_signals(heard)
-    engine: Engine | Fleet
-    if isinstance(engine_config, FleetConfig):
-        with _loading(engine_config.prefill[0].model) as progress:
-            engine = await Fleet.start(engine_config, progress=progress, observer=metrics, hosts=hosts)
-    else:
-        with _loading(engine_config.model) as progress:
-            engine = await Engine.start(engine_config, progress=progress, observer=metrics, hosts=hosts)
+    with _loading(config.model) as progress:
+        engine = await Fleet.start(config, progress=progress, observer=metrics, hosts=hosts)
     try:
         if log_level in ("debug", "info"):
             for note in engine.ready.notes:

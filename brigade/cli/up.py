@@ -25,4 +25,4 @@ def up(
     launch = read_launch(file)
     web = launch.deployed.serve_config()
     with placed(launch, ray) if ray else nullcontext():
-        start(launch.runs, web, log_level, launch.hosts, until_eof)
+        start(launch.fleet, web, log_level, launch.hosts, until_eof)

@@ -1,4 +1,4 @@
-"""Which rank of a unit gets a new request. Pure: counts in, a rank out; it keeps nothing between two calls.
+"""Which rank gets a new request. Pure: counts in, a rank out; it keeps nothing between two calls.
 
 Ranks run in step, so the busiest one sets the pace of all. Everything is counted in one unit, the work of one token
 without its attention, so that prefill, decode and cached tokens can be weighed against each other:
@@ -10,10 +10,8 @@ without its attention, so that prefill, decode and cached tokens can be weighed 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-Role = Literal["prefill", "decode", "both"]
-"""What the unit's ranks do. The half that they do not do costs nothing."""
+from brigade.spec.layout import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +43,8 @@ class RankLoad:
     kv_tokens: int
     """Positions of KV cache that are held or promised: the whole prompts of waiting requests count."""
     max_kv_tokens: int
+    role: Role = "mixed"
+    """What it does. The half that it does not do costs nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +83,18 @@ def has_room(load: RankLoad, request: NewRequest) -> bool:
     return fits and load.n_requests < load.max_requests
 
 
-def standing_cost(load: RankLoad, request: NewRequest, role: Role, weights: Weights) -> float:
+def standing_cost(load: RankLoad, request: NewRequest, weights: Weights) -> float:
     """What the rank has to do anyway while the request is there."""
     prefill = prefill_work(load.queued_tokens, load.queued_pairs, weights)
     decode = request.n_new * decode_work(load.n_requests, load.kv_tokens, weights)
-    return _of_role(role, prefill, decode)
+    return _of_role(load.role, prefill, decode)
 
 
 def added_cost(request: NewRequest, cached: int, role: Role, weights: Weights) -> float:
     """What the request itself costs on a rank that has `cached` of its prompt's tokens.
 
     At least one token is left to compute, as in the page pool. Shared KV is still read once for each request, so
-    cached tokens lighten prefill only; a unit that only decodes saves their transfer, which counts like computing
+    cached tokens lighten prefill only; a rank that only decodes saves their transfer, which counts like computing
     a token.
     """
     cached = min(cached, request.n_prompt - 1)
@@ -109,7 +109,6 @@ def choose(
     loads: Sequence[RankLoad],
     *,
     weights: Weights,
-    role: Role = "both",
     cached: Mapping[int, int] | None = None,
     last: int = -1,
     bound: float = 0.5,
@@ -124,16 +123,17 @@ def choose(
     """
     if not 0 <= bound <= 1:
         raise ValueError("bound must be from 0 to 1")
-    standing = {x.rank: standing_cost(x, request, role, weights) for x in loads if has_room(x, request)}
-    if not standing:
+    free = [x for x in loads if has_room(x, request)]
+    if not free:
         return None
-    whole = added_cost(request, 0, role, weights)
-    ceiling = min(standing.values()) + bound * whole
-    known = cached or {}
-    cost = {
-        rank: busy + (added_cost(request, known.get(rank, 0), role, weights) if busy <= ceiling else whole)
-        for rank, busy in standing.items()
-    }
+    standing = {x.rank: standing_cost(x, request, weights) for x in free}
+    whole = {role: added_cost(request, 0, role, weights) for role in {x.role for x in free}}
+    least, known = min(standing.values()), cached or {}
+    cost = {}
+    for x in free:
+        busy, alone = standing[x.rank], whole[x.role]
+        has = known.get(x.rank, 0) if busy <= least + bound * alone else 0
+        cost[x.rank] = busy + (added_cost(request, has, x.role, weights) if has else alone)
     return _next_of(cost, last)
 
 
@@ -148,6 +148,4 @@ def _in_turn(ranks: Iterable[int], last: int) -> int:
 
 
 def _of_role(role: Role, prefill: float, decode: float) -> float:
-    if role == "prefill":
-        return prefill
-    return decode if role == "decode" else prefill + decode
+    return {"prefill": prefill, "decode": decode, "mixed": prefill + decode}[role]

@@ -18,7 +18,6 @@ from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
 from brigade.engine.generation import Generation
 from brigade.engine.keeper import Keeper
 from brigade.engine.legs import Leg, Part
-from brigade.engine.loads import UnitLoads
 from brigade.engine.messages import (
     Abort,
     Add,
@@ -52,7 +51,7 @@ from brigade.engine.output import (
 )
 from brigade.engine.pulse import added
 from brigade.engine.rebalance import Rebalancer
-from brigade.engine.router import Router
+from brigade.engine.router import Room, Router
 from brigade.engine.site import Site
 from brigade.engine.tokenizer import Tokenizer
 from brigade.engine.unit import Unit
@@ -192,14 +191,6 @@ class Engine:
         """The unit's state after its last step or ping: sums over its ranks, but steps are those of the busiest."""
         return added(self._keeper.pulse.stats)
 
-    async def expert_loads(self) -> list[UnitLoads]:
-        """How busy the routed experts are; nothing for a model without any. Raises Unavailable."""
-        report = await self.experts.report()
-        return [UnitLoads("mixed 0", report)] if report else []
-
-    def handovers(self) -> None:
-        """A unit alone hands nothing over."""
-
     @property
     def up(self) -> bool:
         """Whether requests can be given to its ranks now."""
@@ -249,6 +240,10 @@ class Engine:
             self._abort(rid)
         if self._generations.pop(rid, None) is not None:
             self._router.ended(rid)
+
+    async def restart(self) -> None:
+        """Start the unit again and wait until it is up. Give it no requests before: those that it has end."""
+        await self._keeper.restart()
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones go on."""
@@ -334,7 +329,8 @@ class Engine:
 
     def on_new(self, ready: Ready) -> None:
         ranks = self.config.ranks
-        self._router = Router(self.spec, ranks, self.config.max_running, ready.page, ready.n_pages // ranks)
+        room = Room(self.config.max_running, ready.n_pages // ranks)
+        self._router = Router(self.spec, ready.page, [room] * ranks)
 
     def on_unit_lost(self) -> None:
         self._drop_all("the worker process was lost while it ran this request; it is being restarted, try again")

@@ -147,12 +147,12 @@ class HostsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvConfig:
-    """How the ranks of one unit give prompts to those of others, or take them.
+    """How the ranks of one unit give prompts to those of others and take them: each can do both, and what it does is
+    decided request by request.
 
     The unit says what is the same for all its ranks; the rest is known where they run (`brigade.engine.kv_host`).
     """
 
-    role: Literal["prefill", "decode"]
     link: Link = "shared"
     n_here: int = 1
     """Ranks of all units on this machine: they share its cores and its memory."""
@@ -162,6 +162,6 @@ class KvConfig:
     first: int = 0
     """Which of them is that of this unit's rank 0; those of its other ranks follow."""
     address: str = ""
-    """Where prefill ranks listen, each on a port of its own; empty: nowhere."""
+    """Where ranks listen, each on a port of its own; empty: nowhere."""
     secret: bytes = field(default=b"", repr=False)
     """What ranks know each other by over TCP. Never sent: every host derives it."""

@@ -6,30 +6,30 @@ What a unit runs of it is a `Part`, with a number of its own: what an older part
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from brigade.core.handover import Action, Event, Handover, State
+from brigade.core.roles import Side
 from brigade.engine.generation import Generation
 from brigade.engine.messages import Add, Adopt, Adopted, Gone, Offered, Reserve, Reserved, Token
 from brigade.engine.output import BadRequest, EngineError, Unavailable
 
 if TYPE_CHECKING:
-    from brigade.engine.client import Engine
+    from brigade.engine.crew import Member
     from brigade.engine.fleet import Fleet
 
 log = logging.getLogger("brigade.fleet")
-
-Side = Literal["prefill", "decode"]
 
 
 class RequestPart:
     """What one rank does for a flight. The engine of its unit talks to it."""
 
-    def __init__(self, flight: "Flight", side: Side, rid: int, engine: "Engine", rank: int) -> None:
-        self.flight, self.side, self.rid, self.engine, self.rank = flight, side, rid, engine, rank
+    def __init__(self, flight: "Flight", side: Side, rid: int, unit: "Member", rank: int, whole: bool = False) -> None:
+        """`whole`: the rank computes the prompt itself, and goes on."""
+        self.flight, self.side, self.rid, self.unit, self.rank, self.whole = flight, side, rid, unit, rank, whole
 
     def push(self, token: Token) -> None:
-        self.flight.on_token(token)
+        self.flight.on_token(self, token)
 
     def fail(self, error: EngineError) -> None:
         self.flight.on_lost(self, error)
@@ -41,8 +41,8 @@ class RequestPart:
 class Flight:
     """One generation and the ranks that work for it."""
 
-    def __init__(self, fleet: "Fleet", generation: Generation, prompt: list[int], salt: str) -> None:
-        self._fleet, self.generation, self.salt = fleet, generation, salt
+    def __init__(self, fleet: "Fleet", generation: Generation, prompt: list[int], salt: str, priority: int = 0) -> None:
+        self._fleet, self.generation, self.salt, self.priority = fleet, generation, salt, priority
         self.prompt, self.tokens = prompt, list(prompt)
         """The prompt, and with it every token so far."""
         self.handover = Handover()
@@ -50,7 +50,9 @@ class Flight:
         self._start = 0
         self._offered: Offered
         self._timer: asyncio.TimerHandle | None = None
+        self._until = 0.0
         self._error: EngineError | None = None
+        self._placed: asyncio.Future[None] | None = None
 
     @property
     def state(self) -> State:
@@ -59,6 +61,14 @@ class Flight:
     def begin(self) -> None:
         self._arm()
         self._do(Action.PLACE)
+
+    async def placed(self) -> None:
+        """Wait until a unit has it. Raises EngineError if none takes it: then the generation has ended."""
+        if self.state is State.QUEUED:
+            self._placed = asyncio.get_running_loop().create_future()
+            await self._placed
+        if self.state is State.ENDED and self._error is not None:
+            raise self._error
 
     def close(self, error: EngineError) -> None:
         """The fleet ends."""
@@ -71,10 +81,9 @@ class Flight:
     def on(self, event: Event) -> None:
         if self.state is State.ENDED:
             return
-        before = self.state
         if event is Event.EXPIRED:
-            log.warning("request %d: %s for longer than %g s", self.generation.rid, before, self._seconds or 0)
-            self._error = Unavailable(f"the request was {before} for longer than {self._seconds:g} s; try again")
+            self._error = self._expired()
+            log.warning("request %d: %s", self.generation.rid, self._error)
         actions = self.handover.on(event)
         self._arm()
         if event in (Event.PREFILL_LOST, Event.DECODE_LOST):
@@ -83,12 +92,17 @@ class Flight:
             self._do(action)
         if State.ENDED is self.handover.state:
             self._end(drop=False)
+        if self._placed is not None and self.state is not State.QUEUED and not self._placed.done():
+            self._placed.set_result(None)
 
-    def on_token(self, token: Token) -> None:
+    def on_token(self, part: RequestPart, token: Token) -> None:
         """A token of the decode rank, or one of the prefill rank that is the last."""
+        self._fleet.crew.got_token(part)
         self._push(token)
         if token.finish:
             self.on(Event.FINISHED)
+        elif self.state is State.COMPUTING:
+            self.on(Event.STARTED)
         elif self.state is State.DECODING:
             self._arm()
 
@@ -97,7 +111,7 @@ class Flight:
         if isinstance(error, BadRequest):
             self.on(Event.REFUSED)
             return
-        self._fleet.lost(part)
+        self._fleet.crew.lost(part)
         self.on(Event.PREFILL_LOST if part.side == "prefill" else Event.DECODE_LOST)
 
     def on_message(self, message: Reserved | Offered | Adopted | Gone) -> None:
@@ -107,12 +121,13 @@ class Flight:
                 self.on(Event.RESERVED)
             case Offered(token):
                 self._offered = message
+                self._fleet.crew.got_token(self._parts["prefill"])
                 self._push(token)
                 self.on(Event.COMPUTED)
             case Adopted(_, failure, seconds):
                 self._fleet.adopted(failure, seconds)
                 part = self._parts["decode"]
-                part.engine.wake(part.rank)
+                part.unit.engine.wake(part.rank)
                 self.on(Event.ADOPTED)
             case Gone():
                 self.on(Event.DECODE_LOST)
@@ -139,12 +154,15 @@ class Flight:
             case Action.PREFILL:
                 self.prefill()
             case Action.RESERVE:
-                part, g = self._parts["decode"], self.generation
-                reserve = Reserve(part.rid, self.tokens, len(self.prompt), g.params, self.salt)
-                part.engine.enter(part, part.rank, reserve)
+                part, params = self._parts["decode"], self.generation.params
+                self._give(
+                    part, Reserve(part.rid, self.tokens, len(self.prompt), params, self.salt, priority=self.priority)
+                )
+            case Action.COMPUTE:
+                self._give(self._parts["decode"], self._add(self._parts["decode"]))
             case Action.ADOPT:
                 part = self._parts["decode"]
-                part.engine.tell(part.rid, Adopt(part.rid, self._offered.token.token, self._offered.offer))
+                part.unit.engine.tell(part.rid, Adopt(part.rid, self._offered.token.token, self._offered.offer))
             case Action.DROP_PREFILL:
                 self._leave("prefill", drop=True)
             case Action.DROP_DECODE:
@@ -156,12 +174,13 @@ class Flight:
         """Find a decode rank, or wait until there is one."""
         if self.state is not State.QUEUED:
             return
-        part = self._fleet.choose(self, "decode", self.generation.params.max_tokens)
+        left = self.generation.params.max_tokens - (len(self.tokens) - len(self.prompt))
+        part = self._fleet.choose(self, "decode", max(left, 1))
         if part is None:
-            self._fleet.park(self.place)
+            self._fleet.park(self, self.place)
             return
         self._parts["decode"] = part
-        self.on(Event.PLACED)
+        self.on(Event.PLACED_WHOLE if part.whole else Event.PLACED)
 
     def prefill(self) -> None:
         """Have the prompt computed, or wait until a prefill unit is there."""
@@ -169,23 +188,25 @@ class Flight:
             return
         part = self._fleet.choose(self, "prefill", 1)
         if part is None:
-            self._fleet.park(self.prefill)
+            self._fleet.park(self, self.prefill)
             return
         self._parts["prefill"] = part
-        add = Add(
-            part.rid,
-            self.tokens,
-            self.generation.params,
-            self.salt,
-            n_prompt=len(self.prompt),
-            hold=self._start,
-        )
-        part.engine.enter(part, part.rank, add)
+        self._give(part, self._add(part, hold=self._start))
+
+    def _add(self, part: RequestPart, hold: int = -1) -> Add:
+        params, n_prompt = self.generation.params, len(self.prompt)
+        return Add(part.rid, self.tokens, params, self.salt, n_prompt=n_prompt, hold=hold, priority=self.priority)
+
+    def _give(self, part: RequestPart, message: Add | Reserve) -> None:
+        try:
+            part.unit.engine.enter(part, part.rank, message)
+        except (TypeError, UnicodeError) as e:
+            self.on_lost(part, BadRequest(f"the request cannot be sent to the worker: {e}"))
 
     def _leave(self, side: Side, drop: bool) -> None:
         if part := self._parts.pop(side, None):
-            part.engine.leave(part.rid, drop)
-            self._fleet.left(part)
+            part.unit.engine.leave(part.rid, drop)
+            self._fleet.crew.left(part)
 
     def _end(self, drop: bool) -> None:
         self.handover.state = State.ENDED
@@ -196,16 +217,27 @@ class Flight:
         self._fleet.ended(self)
 
     def _arm(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        if (seconds := self._seconds) is not None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
+        """Begin the time of a state anew. Timers are set rarely: one that ends too early is set again."""
+        if (seconds := self._fleet.deadlines.of(self.state)) is None:
+            return
+        loop = asyncio.get_running_loop()
+        self._until = loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._until:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_at(self._until, self._expire)
 
     def _expire(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._until:
+            self._timer = loop.call_at(self._until, self._expire)
+            return
+        self._timer = None
         with contextlib.suppress(EngineError):
             self.on(Event.EXPIRED)
 
-    @property
-    def _seconds(self) -> float | None:
-        return self._fleet.deadlines.of(self.state)
+    def _expired(self) -> Unavailable:
+        seconds = self._fleet.deadlines.of(self.state) or 0
+        if self.state is State.QUEUED:
+            return Unavailable(f"no unit could take the request within {seconds:g} s: {self._fleet.health().reason}")
+        return Unavailable(f"the request was {self.state} for longer than {seconds:g} s; try again")

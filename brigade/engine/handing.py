@@ -7,6 +7,7 @@ Taking: Reserve -> Reserved when there is room -> Adopt -> the rows are fetched 
 
 import logging
 import time
+from bisect import insort
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -83,10 +84,8 @@ class Handing:
         layers = worker.model.cache.layers
         memory = layers.view(torch.uint8).reshape(-1).numpy()
         rows = Rows(memory, layers.shape[0], worker.page, layers.shape[-1] * layers.element_size())
-        if kv.role == "decode":
-            return cls(worker, scheduler, channel, None, Fetches(rows, _sources(kv), TRANSFER))
         offers = Offers(rows, kv.first + rank if kv.files else -1)
-        handing = cls(worker, scheduler, channel, offers, None)
+        handing = cls(worker, scheduler, channel, offers, Fetches(rows, _sources(kv), TRANSFER))
         if kv.address:
             handing.server = KvServer(offers, kv.address, kv.secret, TRANSFER)
             offers.address = handing.server.address
@@ -120,15 +119,15 @@ class Handing:
 
     def take(self, message: Reserve | Adopt) -> None:
         match message:
-            case Reserve(rid, tokens, n_prompt, params, salt):
+            case Reserve(rid, tokens, n_prompt, params, salt, priority):
                 stops = stop_ids(self._worker.spec, params)
                 try:
-                    req = Request(rid, tokens, params.max_tokens, stops, salt, n_prompt=n_prompt)
+                    req = Request(rid, tokens, params.max_tokens, stops, salt, n_prompt=n_prompt, priority=priority)
                     self._scheduler.check(req)
                 except ValueError as e:
                     self._channel.send(Refused(rid, str(e)))
                     return
-                self._asked.append((req, message))
+                insort(self._asked, (req, message), key=lambda asked: asked[0].priority)
             case Adopt(rid, token, offer):
                 req_or_none = self._scheduler.arriving.get(rid)
                 if req_or_none is None or self._fetches is None:

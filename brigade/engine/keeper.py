@@ -25,7 +25,7 @@ from brigade.engine.pulse import Pulse
 from brigade.engine.rebalance import Rebalancer
 from brigade.engine.rendezvous import Rendezvous
 from brigade.engine.site import Site
-from brigade.engine.unit import Broken, Unit, UnitLost, Whole, pause
+from brigade.engine.unit import Broken, Dismissed, Unit, UnitLost, Whole, pause
 from brigade.spec.layout import on_one_host
 from brigade.spec.model import ModelSpec
 
@@ -136,6 +136,14 @@ class Keeper:
                 else:
                     self.unit.send(rank, Ping(seq))
 
+    async def restart(self) -> None:
+        """End the unit, whose requests are lost, and wait until another one is up. At once for one that is being
+        replaced anyway."""
+        if self.unit is not None and self.up.is_set():
+            self.up.clear()
+            self.unit.dismiss("started again as was asked for")
+        await self.up.wait()
+
     def next_wake(self) -> int:
         """The number of a call that has all ranks run steps."""
         return next(self._wakes)
@@ -189,9 +197,10 @@ class Keeper:
             self.failure = f"the worker process was lost ({e}); it is being restarted"
             # Clients first: finding out why can take a moment.
             self._owner.on_unit_lost()
-            log.error("%sthe worker process was lost: %s", self._of, e)
+            level = logging.WARNING if isinstance(e, Dismissed) else logging.ERROR
+            log.log(level, "%sthe worker process was lost: %s", self._of, e)
         if ends := await self._bury():
-            log.error("%swhat was left of it was ended: %s", self._of, ends)
+            log.warning("%swhat was left of it was ended: %s", self._of, ends)
         return served
 
     def _on_broken(self, rank: int, why: str, unnoticed: float) -> None:

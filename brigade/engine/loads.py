@@ -74,7 +74,7 @@ class UnitLoads:
     """The experts of one unit, or why they cannot be told now."""
 
     unit: str
-    """Its name, as `brigade explain` has it: "decode 0"."""
+    """Its name, as `brigade explain` has it: "decode-0"."""
     loads: ExpertLoads | None
     problem: str = ""
 

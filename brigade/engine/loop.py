@@ -291,7 +291,7 @@ class Loop:
         most = n_new + 1 if m.hold >= 0 else m.params.max_tokens
         stops = stop_ids(self.worker.spec, m.params)
         try:
-            self.scheduler.add(Request(m.rid, m.prompt, most, stops, m.salt, n_prompt=n_prompt))
+            self.scheduler.add(Request(m.rid, m.prompt, most, stops, m.salt, n_prompt=n_prompt, priority=m.priority))
         except ValueError as e:
             self.channel.send(Refused(m.rid, str(e)))
             return
@@ -361,7 +361,7 @@ def main(fd: int) -> int:
             unit = UnitRank.of(start)
             where = start.placement, start.portion
             worker = Worker.read(config, auto.this_machine().part(unit.n_sharing), _progress(channel), unit, *where)
-            if start.kv is not None and start.kv.role == "prefill" and start.kv.files:
+            if start.kv is not None and start.kv.files:
                 worker.kv_file = start.kv.files[start.kv.first + start.rank]
             channel.send(Loaded(unit.port))
             membership = Membership(config, unit, worker)

@@ -57,6 +57,8 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     """Of `prompt`, the tokens that are the prompt; 0: all. The rest were generated before, by a rank that was lost."""
     hold: int = -1
     """At least 0: sample one token, keep the pages, and offer the rows from this token on (Offered)."""
+    priority: int = 0
+    """Lower values go first."""
 
 
 class Wake(msgspec.Struct, frozen=True, tag=True):
@@ -101,6 +103,7 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
     n_prompt: int
     params: SamplingParams
     salt: str = ""
+    priority: int = 0
 
 
 class Adopt(msgspec.Struct, frozen=True, tag=True):

@@ -102,6 +102,14 @@ class BadRequest(EngineError):
         self.code = code
 
 
+class UnknownUnit(EngineError):
+    """There is no unit of that name."""
+
+
+class NotAllowed(EngineError):
+    """What was asked of a unit would do harm, or cannot be done now. The message says why."""
+
+
 class LoadError(Exception):
     """The model cannot be loaded; the message names the file and what to do."""
 

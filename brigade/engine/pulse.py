@@ -43,16 +43,21 @@ class Pulse:
 
     def before_work(self) -> None:
         """A request is about to be given out: an idle unit makes no steps, so they count from now."""
-        if not any(s.running or s.waiting for s in self.stats):
+        if not self.working:
             self._stepped = time.monotonic()
+
+    @property
+    def working(self) -> bool:
+        """Whether a rank has something to run, as far as it has said."""
+        return any(s.running or s.waiting for s in self.stats)
 
     def hear(self, rank: int, message: FromWorker) -> None:
         self._heard[rank] = time.monotonic()
         self._n_heard[rank] += 1
         if isinstance(message, Step | Pong):
+            if isinstance(message, Step) or not self.working:  # what begins now need not have made a step before
+                self._stepped = self._heard[rank]
             self.stats[rank] = message.stats
-        if isinstance(message, Step):
-            self._stepped = self._heard[rank]
 
     def lost(self, rank: int) -> None:
         self.stats[rank] = _IDLE
@@ -61,13 +66,14 @@ class Pulse:
         self.stats = [_IDLE] * self._config.ranks
 
     def problem(self, busy: bool) -> str:
-        """What speaks against giving it requests; empty while steps make progress, or an idle worker answers pings."""
-        now = time.monotonic()
-        if busy and now - self._stepped > min(READY_STEP_DEADLINE, self._config.step_deadline):
-            return f"no step was finished for {now - self._stepped:.0f} s"
+        """What speaks against giving it requests; empty while steps make progress, or while ranks that have nothing to
+        run answer pings. `busy`: it has requests, which may still wait for something from elsewhere."""
+        now, patience = time.monotonic(), min(READY_STEP_DEADLINE, self._config.step_deadline)
+        if self.working:
+            return f"no step was finished for {now - self._stepped:.0f} s" if now - self._stepped > patience else ""
         quietest = min(range(self._config.ranks), key=self._heard.__getitem__)
         silent = now - self._heard[quietest]
-        if not busy and silent > PING_DEADLINE:
+        if silent > (patience if busy else PING_DEADLINE):
             return f"{self.who(quietest)} has not answered for {silent:.0f} s"
         return ""
 

@@ -1,10 +1,11 @@
 """Which rank gets which request: keeps what is in flight on each rank and asks core/routing.py. Sends nothing."""
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from brigade.core.prefixes import SentPrefixes
-from brigade.core.routing import NewRequest, RankLoad, Role, Weights, choose, pairs
+from brigade.core.routing import NewRequest, RankLoad, Weights, choose, pairs
+from brigade.spec.layout import Role
 from brigade.spec.model import Mla, ModelSpec
 from brigade.spec.params import active
 
@@ -20,43 +21,52 @@ def weights_of(spec: ModelSpec) -> Weights:
     return Weights(pair=spec.n_layers * per_pair / token, kv=spec.n_layers * spec.kv_width / token)
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one rank takes on."""
+
+    max_running: int
+    pages: int
+
+
 @dataclass(slots=True)
 class InFlight:
-    """One request and the rank it was given to."""
+    """One request, or a part of one, and the rank it was given to."""
 
     rank: int
     n_prompt: int
+    computes: bool = True
+    """The prompt is computed there."""
     n_new: int = 0
     """Tokens it has got."""
 
 
 class Router:
-    """Gives each request a rank. One unit of `n_ranks`, each with `pages` pages of `page` tokens."""
+    """Gives each request a rank, of one unit or of several, whose pages have `page` tokens."""
 
-    def __init__(
-        self, spec: ModelSpec, n_ranks: int, max_running: int, page: int, pages: int, role: Role = "both"
-    ) -> None:
-        self._weights, self._role = weights_of(spec), role
-        self._n_ranks, self._max_running, self._max_tokens = n_ranks, max_running, page * pages
-        self._page, self._pages = page, pages
-        self._sent = [SentPrefixes(page, pages) for _ in range(n_ranks)]
+    def __init__(self, spec: ModelSpec, page: int, rooms: Sequence[Room]) -> None:
+        self._weights, self._page, self._rooms = weights_of(spec), page, list(rooms)
+        self._roles: Mapping[int, Role] = dict.fromkeys(range(len(rooms)), "mixed")
+        self._sent = [SentPrefixes(page, room.pages) for room in rooms]
         self._in_flight: dict[int, InFlight] = {}
         self._last = -1
 
-    def place(self, rid: int, prompt: list[int], max_new: int, salt: str, among: Collection[int] | None = None) -> int:
+    def place(
+        self, rid: int, prompt: list[int], max_new: int, salt: str, among: Mapping[int, Role] | None = None
+    ) -> int:
         """The rank of a new request, which is in flight from now on. Where every rank is full it waits on the one that
         has the least to do.
 
-        `among`: ranks that can be had now, at least one; None: all.
+        `among`: ranks that can be had now, at least one, and what they do; None: all of them, and all of it.
         """
-        if self._n_ranks == 1:
+        roles = self._roles if among is None else among
+        if len(self._rooms) == 1:
             rank = 0
         else:
-            cached = {rank: sent.known(prompt, salt) for rank, sent in enumerate(self._sent)}
-            ranks = range(self._n_ranks) if among is None else among
-            rank = self._choose(NewRequest(len(prompt), max_new), cached, ranks)
+            cached = {rank: self._sent[rank].known(prompt, salt) for rank in roles}
+            rank = self._choose(NewRequest(len(prompt), max_new), cached, roles)
             self._sent[rank].add(prompt, salt)
-        self._in_flight[rid] = InFlight(rank, len(prompt))
+        self._in_flight[rid] = InFlight(rank, len(prompt), roles[rank] != "decode")
         self._last = rank
         return rank
 
@@ -64,10 +74,10 @@ class Router:
         """A request that somebody else has placed is in flight on this rank from now on."""
         self._in_flight[rid] = InFlight(rank, n_prompt)
 
-    def _choose(self, request: NewRequest, cached: dict[int, int], ranks: Collection[int]) -> int:
-        for max_requests, max_tokens in (self._max_running, self._max_tokens), (NO_LIMIT, NO_LIMIT):
-            loads = [self._load(rank, max_requests, max_tokens) for rank in ranks]
-            rank = choose(request, loads, weights=self._weights, role=self._role, cached=cached, last=self._last)
+    def _choose(self, request: NewRequest, cached: dict[int, int], roles: Mapping[int, Role]) -> int:
+        for limited in (True, False):
+            loads = self._loads(roles, limited)
+            rank = choose(request, loads, weights=self._weights, cached=cached, last=self._last)
             if rank is not None:
                 return rank
         raise AssertionError("a rank without limits has room")
@@ -86,18 +96,27 @@ class Router:
 
     def lost(self, rank: int) -> list[int]:
         """A rank has lost its cache: forget what it had of prompts. Returns the requests that were in flight there."""
-        self._sent[rank] = SentPrefixes(self._page, self._pages)
+        self._sent[rank] = SentPrefixes(self._page, self._rooms[rank].pages)
         return [rid for rid, request in self._in_flight.items() if request.rank == rank]
 
-    def _load(self, rank: int, max_requests: int, max_tokens: int) -> RankLoad:
-        mine = [r for r in self._in_flight.values() if r.rank == rank]
-        queued = [r.n_prompt for r in mine if not r.n_new]
+    def _loads(self, roles: Mapping[int, Role], limited: bool) -> list[RankLoad]:
+        """`limited`: by the room of each rank."""
+        on: dict[int, list[InFlight]] = {rank: [] for rank in roles}
+        for request in self._in_flight.values():
+            if request.rank in on:
+                on[request.rank].append(request)
+        return [self._load(rank, role, on[rank], limited) for rank, role in roles.items()]
+
+    def _load(self, rank: int, role: Role, mine: list[InFlight], limited: bool) -> RankLoad:
+        queued = [r.n_prompt for r in mine if r.computes and not r.n_new]
+        room = self._rooms[rank]
         return RankLoad(
             rank=rank,
             queued_tokens=sum(queued),
             queued_pairs=sum(pairs(n, 0) for n in queued),
             n_requests=len(mine),
-            max_requests=max_requests,
+            max_requests=room.max_running if limited else NO_LIMIT,
             kv_tokens=sum(r.n_prompt + r.n_new for r in mine),
-            max_kv_tokens=max_tokens,
+            max_kv_tokens=room.pages * self._page if limited else NO_LIMIT,
+            role=role,
         )

@@ -59,6 +59,10 @@ class UnitLost(ConnectionError):
     """No rank is left that could go on. The message says how the last ones ended."""
 
 
+class Dismissed(UnitLost):
+    """Its owner wants another one."""
+
+
 @dataclass(frozen=True)
 class Broken:
     """A rank was lost, or the process that was to replace it. The others wait for the next one."""
@@ -161,6 +165,10 @@ class Unit:
         self._given_up.setdefault(rank, why)
         self._loaded.pop(rank, None)
         self._host[rank].kill(rank)
+
+    def dismiss(self, why: str) -> None:
+        """Have `receive` raise Dismissed after what was heard before."""
+        self._events.put_nowait(Dismissed(why))
 
     async def end(self) -> str:
         """End all processes, at once those that wait for one that is gone; says how they ended."""

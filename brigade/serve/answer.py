@@ -19,7 +19,7 @@ from brigade.serve.errors import ClientGone
 from brigade.spec.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from brigade.engine.fleet import AnyEngine
+    from brigade.engine.fleet import Fleet
     from brigade.engine.generation import Generation
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Answer:
 
     @classmethod
     async def start(
-        cls, engine: "AnyEngine", prompts: Sequence[list[int]], params: Sequence[SamplingParams], salt: str
+        cls, engine: "Fleet", prompts: Sequence[list[int]], params: Sequence[SamplingParams], salt: str
     ) -> "Answer":
         """Submit `params.choices()` for each prompt. Raises what Engine.submit raises, leaving nothing running."""
         generations: list[Generation] = []

@@ -16,7 +16,7 @@ from brigade.serve.routes import Routes
 from brigade.serve.sampling import Sampling, defaults_of
 
 if TYPE_CHECKING:
-    from brigade.engine.fleet import AnyEngine
+    from brigade.engine.fleet import Fleet
 
 
 class App(FastAPI):
@@ -34,7 +34,7 @@ class App(FastAPI):
         return self.openapi_schema
 
 
-def make_app(engine: "AnyEngine", config: ServeConfig, metrics: Metrics, life: Life | None = None) -> FastAPI:
+def make_app(engine: "Fleet", config: ServeConfig, metrics: Metrics, life: Life | None = None) -> FastAPI:
     """The application over a started engine. Raises ConfigError for bad settings and for a checkpoint whose chat
     template or generation defaults cannot be used."""
     config.check()

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from brigade.engine.output import Timings
 
 if TYPE_CHECKING:
-    from brigade.engine.fleet import AnyEngine
+    from brigade.engine.fleet import Fleet
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -93,7 +93,7 @@ class Metrics:
 
     # For the server
 
-    def watch(self, engine: "AnyEngine") -> None:
+    def watch(self, engine: "Fleet") -> None:
         """Read this engine's state at every scrape. Call once."""
         self._registry.register(_EngineState(engine))
 
@@ -103,7 +103,7 @@ class Metrics:
 
 
 class _EngineState(Collector):
-    def __init__(self, engine: "AnyEngine") -> None:
+    def __init__(self, engine: "Fleet") -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
@@ -127,16 +127,15 @@ class _EngineState(Collector):
                 "offered": stats.pages_offered,
             },
         )
-        if (fleet := self._engine.handovers()) is not None:
-            states, transfers, seconds = fleet
-            yield _by_label("brigade_handover_requests", "Requests by state of their hand-over.", "state", states)
-            fetched = CounterMetricFamily(
-                "brigade_kv_transfers", "Prompts that went to a decode rank, by how.", labels=["how"]
-            )
-            for how in ("fetched", "computed"):
-                fetched.add_metric([how], transfers[how])
-            yield fetched
-            yield CounterMetricFamily("brigade_kv_transfer_seconds", "Time that all transfers took.", value=seconds)
+        states, transfers, seconds = self._engine.handovers()
+        yield _by_label("brigade_handover_requests", "Requests by state of their hand-over.", "state", states)
+        fetched = CounterMetricFamily(
+            "brigade_kv_transfers", "Prompts that went to a decode rank, by how.", labels=["how"]
+        )
+        for how in ("fetched", "computed"):
+            fetched.add_metric([how], transfers[how])
+        yield fetched
+        yield CounterMetricFamily("brigade_kv_transfer_seconds", "Time that all transfers took.", value=seconds)
         # These start again from 0 with a new worker, which Prometheus' rate() understands.
         yield CounterMetricFamily("brigade_num_preemptions", "Requests preempted.", value=stats.n_preempted)
         yield CounterMetricFamily("brigade_steps", "Steps run.", value=stats.n_steps)

@@ -25,7 +25,7 @@ from brigade.serve.stream import EventStream
 from brigade.spec.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from brigade.engine.fleet import AnyEngine
+    from brigade.engine.fleet import Fleet
 
 
 class Routes:
@@ -33,7 +33,7 @@ class Routes:
 
     def __init__(
         self,
-        engine: "AnyEngine",
+        engine: "Fleet",
         config: ServeConfig,
         metrics: Metrics,
         life: Life,

@@ -25,7 +25,7 @@ from brigade.serve.metrics import Metrics
 from brigade.serve.protocol import bounded
 
 if TYPE_CHECKING:
-    from brigade.engine.fleet import AnyEngine
+    from brigade.engine.fleet import Fleet
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         uvicorn_config: uvicorn.Config,
-        engine: "AnyEngine",
+        engine: "Fleet",
         life: Life,
         drain_seconds: float,
         on_up: Callable[[], None],
@@ -106,7 +106,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-async def serve(engine: "AnyEngine", config: ServeConfig, metrics: Metrics, announce: Callable[[str], None]) -> None:
+async def serve(engine: "Fleet", config: ServeConfig, metrics: Metrics, announce: Callable[[str], None]) -> None:
     """Serve until a signal ends it; `announce` is called once with the address, when it answers.
 
     Raises ConfigError and PortInUse before anything is announced. The caller closes the engine.

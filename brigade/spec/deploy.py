@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from brigade.spec.layout import Host, Layout, is_loopback
+from brigade.spec.layout import Host, Layout, Role, is_loopback
 from brigade.spec.sizes import parse_size
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
 """Where a value stands: ("units", 0, "hosts", 1) is units[0].hosts[1]."""
-Role = Literal["mixed", "prefill", "decode"]
 WeightType = Literal["auto", "bf16", "int8", "int4"]
 
 LOCAL = "127.0.0.1"
@@ -35,7 +34,7 @@ BOUNDS = {
 }
 SIZES = {"kv_memory": (1 << 10, 1 << 50), "rank_memory": (1 << 20, 1 << 50)}
 MOST_HOSTS = 4096
-MOST_SIZE_CHARS, MOST_KEY_CHARS = 40, 60
+MOST_SIZE_CHARS, MOST_KEY_CHARS, MOST_UNIT_NAME_CHARS = 40, 60, 40
 INSTEAD = {
     "api_key": "keys never stand in this file; write the key into a file and name that with 'api_key_file'",
     "secret": "secrets never stand in this file; write it into a file and name that with 'secret_file'",
@@ -72,6 +71,8 @@ class Units:
     """Units of one role that are alike: `count` of them, on consecutive hosts."""
 
     role: Role
+    name: str | None = None
+    """What people call the unit, or the first part of it where there are several; None: the role."""
     count: int = 1
     hosts: tuple[str, ...] = (LOCAL,)
     """Addresses, unit by unit; one alone is shared by all `count` units."""
@@ -129,6 +130,21 @@ class Deployment:
         return tuple(address for address in self.hosts if address != self.head)
 
 
+def unit_names(d: Deployment) -> tuple[str, ...]:
+    """What each unit is called, in the order of the file: decode-0, decode-1, or as `name` says."""
+    out: list[str] = []
+    n: dict[str, int] = {}
+    for units in d.units:
+        if units.name is not None and units.count == 1:
+            out.append(units.name)
+            continue
+        base = units.name or units.role
+        first = n.get(base, 0)
+        n[base] = first + units.count
+        out += [f"{base}-{first + i}" for i in range(units.count)]
+    return tuple(out)
+
+
 KEYS = tuple(f.name for f in fields(Deployment) if f.name != "given")
 UNIT_KEYS = tuple(f.name for f in fields(Units) if f.name != "given")
 LIMIT_KEYS = tuple(f.name for f in fields(Limits))
@@ -155,6 +171,7 @@ def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[P
         given=frozenset(table.values),
     )
     _check_guards(result, source)
+    _check_names(result, source)
     return result
 
 
@@ -246,6 +263,7 @@ def _units(data: object, path: Path, source: _Source) -> Units:
         _check_hosts(hosts, count, at, source)
     return Units(
         role=cast(Role, role),
+        name=table.take("name", _unit_name, None),
         count=count,
         hosts=hosts,
         ranks_per_host=table.take("ranks_per_host", _number("ranks_per_host"), 1),
@@ -288,6 +306,16 @@ def _check_guards(d: Deployment, source: _Source) -> None:
             if address != d.head and d.secret_file is None:
                 text = "hosts know each other by a secret; write one into a file and name it in 'secret_file'"
                 raise source.fault(at, text)
+
+
+def _check_names(d: Deployment, source: _Source) -> None:
+    """Each unit has a name of its own."""
+    names = unit_names(d)
+    starts = [sum(u.count for u in d.units[:i]) for i in range(len(d.units))]
+    for i, (units, start) in enumerate(zip(d.units, starts, strict=True)):
+        taken = next((x for x in names[start : start + units.count] if names.count(x) > 1), None)
+        if units.name is not None and taken is not None:
+            raise source.fault(("units", i, "name"), f"another unit is called {taken}, too; choose another name")
 
 
 def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -382,7 +410,15 @@ def _size(key: str) -> Callable[[object], int]:
     return read
 
 
+_UNIT_NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?")
+
+
+def _unit_name(v: object) -> str:
+    if not isinstance(v, str) or len(v) > MOST_UNIT_NAME_CHARS or not _UNIT_NAME.fullmatch(v):
+        what = f"must be lower-case letters, digits and single hyphens, at most {MOST_UNIT_NAME_CHARS}"
+        raise ValueError(f"{what}, not {_kind(v)}")
+    return v
 
 
 def _address(v: object) -> str:

@@ -1,9 +1,13 @@
 """Where the ranks of a unit run. Rank numbers go through the hosts in order."""
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations
+from typing import Literal
+
+Role = Literal["mixed", "prefill", "decode"]
+"""What the ranks of a unit do: compute prompts, decode what others have computed, or both."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,11 @@ def n_sharing(layouts: Iterable[Layout], address: str) -> int:
     return sum(host.n_ranks for layout in layouts for host in layout.hosts if here(host.address))
 
 
-def links(giving: Iterable[Layout], taking: Iterable[Layout]) -> tuple[str, ...]:
-    """How prompts get from ranks of `giving` units to those of `taking` ones: "shared" through memory where two ranks
-    have a host in common, "tcp" where they have not."""
-    sides = [{host.address for layout in side for host in layout.hosts} for side in (giving, taking)]
-    pairs = {("shared" if a == b else "tcp") for a in sides[0] for b in sides[1]}
+def links(layouts: Sequence[Layout]) -> tuple[str, ...]:
+    """How prompts get from ranks of one unit to those of another: "shared" through memory where the two have a host in
+    common, "tcp" where they have not."""
+    hosts = [{host.address for host in layout.hosts} for layout in layouts]
+    pairs = {("shared" if a == b else "tcp") for one, other in combinations(hosts, 2) for a in one for b in other}
     return tuple(sorted(pairs))
 
 

@@ -24,7 +24,7 @@ KEY = "a-key-of-some-length"
 
 
 class Server(HTTPServer):
-    status, body = 200, msgspec.json.encode(Experts([UnitLoads("mixed 0", some_loads())]))
+    status, body = 200, msgspec.json.encode(Experts([UnitLoads("mixed-0", some_loads())]))
     asked: tuple[str, str | None] = ("", None)
 
 
@@ -82,21 +82,21 @@ def test_it_asks_with_the_key_and_shows_both_maps(server: Server) -> None:
 
 
 def test_units_are_shown_one_by_one_and_a_picture_is_of_one(server: Server, tmp_path: Path) -> None:
-    units = [UnitLoads("prefill 0", some_loads()), UnitLoads("decode 0", None, "the worker is being restarted")]
+    units = [UnitLoads("prefill-0", some_loads()), UnitLoads("decode-0", None, "the worker is being restarted")]
     server.body = msgspec.json.encode(Experts(units))
     _, out, _ = run(server)
-    assert "unit prefill 0\nExpert load" in out
-    assert "unit decode 0\nthe worker is being restarted" in out
-    assert "unit" not in run(server, "--unit", "prefill 0")[1].splitlines()[0]
+    assert "unit prefill-0\nExpert load" in out
+    assert "unit decode-0\nthe worker is being restarted" in out
+    assert "unit" not in run(server, "--unit", "prefill-0")[1].splitlines()[0]
     png = ("--png", str(tmp_path / "heat.png"))
     for arguments, code, message in (
-        (png, 2, "--png draws one unit; name it with --unit: prefill 0, decode 0"),
-        ((*png, "--unit", "decode 0"), 1, "decode 0: the worker is being restarted"),
-        (("--unit", "decode 1"), 2, "there is no unit 'decode 1'; there are: prefill 0, decode 0"),
+        (png, 2, "--png draws one unit; name it with --unit: prefill-0, decode-0"),
+        ((*png, "--unit", "decode-0"), 1, "decode-0: the worker is being restarted"),
+        (("--unit", "decode-1"), 2, "there is no unit 'decode-1'; there are: prefill-0, decode-0"),
     ):
         got, _, err = run(server, *arguments)
         assert (got, message in err) == (code, True), err
-    assert run(server, *png, "--unit", "prefill 0")[0] == 0
+    assert run(server, *png, "--unit", "prefill-0")[0] == 0
 
 
 def test_where_nothing_moved_there_is_one_map() -> None:
@@ -139,7 +139,7 @@ def test_what_the_server_said_can_be_kept(server: Server, tmp_path: Path) -> Non
         (200, b"<html>", "did not answer as this version of Brigade does"),
         (
             200,
-            msgspec.json.encode(Experts([UnitLoads("mixed 0", replace(some_loads(), n_ranks=3))])),
+            msgspec.json.encode(Experts([UnitLoads("mixed-0", replace(some_loads(), n_ranks=3))])),
             "layers of other ranks",
         ),
     ],

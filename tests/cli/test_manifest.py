@@ -128,7 +128,7 @@ def test_memory_is_that_of_the_ranks_of_a_host(tmp_path: Path) -> None:
     ("text", "options", "message"),
     [
         ("units: [{role: mixed}]", (), "'rank_memory' is missing; pods ask for memory by it"),
-        ("units: [{role: decode}]", (), "this version runs one unit of role mixed"),
+        ("units: [{role: decode}]", (), "there are only decode units"),
         ("units: [{role: decode}, {role: prefill}]", (), "'rank_memory' is missing"),
         (ONE_HOST, ("--name", "Crew"), "--name must be up to 31 small letters"),
         (ONE_HOST, ("--name", "x" * 32), "--name must be up to 31 small letters"),

@@ -14,7 +14,6 @@ from brigade.cli.deployed import Deployed, read_key
 from brigade.cli.fault import Fault
 from brigade.cli.launch import engine_config, read_launch
 from brigade.engine.config import DEMO_MODEL, JOIN_PORT
-from brigade.engine.fleet import FleetConfig
 from brigade.engine.terms import layout_terms
 from brigade.spec.config import read_spec
 from brigade.spec.deploy import HOST_PORT, deployment_from
@@ -114,7 +113,10 @@ def test_a_ranks_memory_bounds_its_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("units: [{role: prefill}]", "this version runs one unit of role mixed, or units of roles prefill and decode"),
+        (
+            "units: [{role: prefill}]",
+            "there are only prefill units; a deployment has units of roles prefill and decode",
+        ),
         ("units: [{role: mixed, ranks_per_host: 64}]", "64 ranks, but the model has 32 routed experts a layer"),
         ("model: none", "none/config.json"),
         ("limits: {max_running: 600}", "max_step_tokens must be at least max_running"),
@@ -170,19 +172,18 @@ def test_one_join_for_each_host_of_a_fleet_and_the_gateway_needs_no_ranks(tmp_pa
         "- {role: prefill, hosts: [10.0.0.1, 10.0.0.2]}\n",
     )
     launch = read_launch(file)
-    assert isinstance(launch.runs, FleetConfig)
-    assert launch.runs.names == ("prefill 0", "decode 0", "decode 1")
+    assert launch.fleet.names == ("decode-0", "decode-1", "prefill-0")
     assert [layout.hosts for layout in launch.layouts] == [
-        (Host("10.0.0.1", 1), Host("10.0.0.2", 1)),
         (Host("10.0.0.2", 2),),
         (Host("10.0.0.3", 2),),
+        (Host("10.0.0.1", 1), Host("10.0.0.2", 1)),
     ]
     assert launch.hosts is not None
-    assert (launch.hosts.here, launch.hosts.others) == ("10.0.0.9", ("10.0.0.1", "10.0.0.2", "10.0.0.3"))
+    assert (launch.hosts.here, launch.hosts.others) == ("10.0.0.9", ("10.0.0.2", "10.0.0.3", "10.0.0.1"))
     terms = launch.join("10.0.0.2", 5.0).terms
-    assert terms["units"] == "prefill 0, decode 0, decode 1"
-    assert (terms["prefill 0 layout"], terms["decode 1 layout"]) == ("10.0.0.1 x1, 10.0.0.2 x1", "10.0.0.3 x2")
-    assert terms["decode 1 max_running"] == "7"
+    assert terms["units"] == "decode-0, decode-1, prefill-0"
+    assert (terms["prefill-0 layout"], terms["decode-1 layout"]) == ("10.0.0.1 x1, 10.0.0.2 x1", "10.0.0.3 x2")
+    assert terms["decode-1 max_running"] == "7"
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.9"])

@@ -226,7 +226,9 @@ class Client:
 class World:
     """The gateway and time."""
 
-    def __init__(self, seed: int, scheduler: type[Scheduler] = Scheduler, losses: bool = True, mixed: bool = True) -> None:
+    def __init__(
+        self, seed: int, scheduler: type[Scheduler] = Scheduler, losses: bool = True, mixed: bool = True
+    ) -> None:
         rng = self.rng = random.Random(seed)
         self.now, self.rids = 0, 0
         self.p_undo, self.p_bad = (rng.choice((0, 0.02, 0.1)), rng.choice((0, 0.2))) if losses else (0.0, 0.0)

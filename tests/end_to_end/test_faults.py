@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-import time
 
 import httpx
 import psutil
@@ -24,45 +23,40 @@ def events(response: httpx.Response) -> list[str]:
     return [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
 
 
-def test_a_killed_worker_ends_streams_with_an_error_and_is_replaced() -> None:
+def told(body: dict[str, object], server: Server) -> tuple[str, str]:
+    """The text of a stream, and the last thing that it said."""
+    with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=60) as r:
+        got = events(r)
+    return "".join(json.loads(e)["choices"][0]["text"] for e in got if e != "[DONE]"), got[-1]
+
+
+def test_streams_of_a_killed_worker_go_on_with_the_same_text_when_it_is_replaced() -> None:
     with serving() as server:
-        got: list[str] = []
-        ended: list[float] = []
-
-        def read() -> None:
-            with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=30) as r:
-                got.extend(events(r))
-            ended.append(time.monotonic())
-
-        readers = [threading.Thread(target=read) for _ in range(3)]
+        ask = {**LONG, "max_tokens": 300, "temperature": 0}
+        want, ends = told(ask, server), list[tuple[str, str]]()
+        readers = [threading.Thread(target=lambda: ends.append(told(ask, server))) for _ in range(3)]
         for r in readers:
             r.start()
         until(lambda: metric(server, "num_requests_running") == 3, 10, "three running requests")
-        killed_at = time.monotonic()
         server.worker.send_signal(signal.SIGKILL)
         for r in readers:
-            r.join(10)
-        assert max(ended) - killed_at < 2
-        errors = [json.loads(e) for e in got if e != "[DONE]" and "error" in json.loads(e)]
-        assert len(errors) == 3
-        assert "[DONE]" not in got
-        answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 5}, timeout=30)
-        assert answer.status_code == 200
+            r.join(30)
+        assert want[1] == "[DONE]"
+        assert ends == [want] * 3
         assert metric(server, "worker_restarts_total") == 1
 
 
 def test_a_frozen_worker_is_noticed_and_replaced() -> None:
     with serving("--step-deadline", "2") as server:
         server.worker.send_signal(signal.SIGSTOP)
-        started = time.monotonic()
-        answer = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=30)
-        assert answer.status_code == 503
-        assert time.monotonic() - started < 5
-        until(lambda: httpx.get(f"{server.url}/ready").status_code == 200, 20, "ready again")
+        answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 20}, timeout=30)
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == 20
+        assert metric(server, "worker_restarts_total") == 1
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_is_replaced_while_the_other_keeps_its_requests(how: signal.Signals) -> None:
+def test_a_lost_rank_is_replaced_and_all_requests_go_on_with_the_same_text(how: signal.Signals) -> None:
     deadline = 4.0
     with serving("--ranks", "2", "--threads", "1", "--rank-deadline", str(deadline)) as server:
         ends: list[tuple[int, str]] = []
@@ -79,16 +73,12 @@ def test_a_lost_rank_is_replaced_while_the_other_keeps_its_requests(how: signal.
             a.start()
         until(lambda: metric(server, "num_requests_running") == 4, 10, "four running requests")
         first, second = server.ranks
-        lost_at = time.monotonic()
         second.send_signal(how)
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, deadline + 3, "not ready")
         assert "rank 1" in httpx.get(f"{server.url}/ready").text
         for a in askers:
-            a.join(2 * deadline + 10)
-        assert time.monotonic() - lost_at < 2 * deadline + 10
-        assert {status for status, _ in ends} <= {200, 503}
-        assert all(end == want for end in ends if end[0] == 200), "the text of a survivor is what it would have been"
-        assert 503 in [status for status, _ in ends]
+            a.join(2 * deadline + 30)
+        assert ends == [want] * 4, "of the lost rank, too"
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 200, 20, "ready again")
         assert first in server.ranks
         assert second not in server.ranks

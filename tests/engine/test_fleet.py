@@ -14,7 +14,8 @@ import pytest_asyncio
 from brigade import Brigade, SamplingParams
 from brigade.engine import handing
 from brigade.engine.config import DEMO_MODEL, EngineConfig
-from brigade.engine.fleet import Fleet, FleetConfig
+from brigade.engine.fleet import Fleet
+from brigade.engine.fleet_config import FleetConfig, UnitConfig
 from brigade.engine.generation import Generation
 from brigade.engine.output import LoadError
 from brigade.spec.config import read_spec
@@ -42,13 +43,18 @@ def alone() -> dict[tuple[int, ...], list[list[int]]]:
     return {tuple(p): [row[i] for row in says] for i, p in enumerate(prompts)}
 
 
+BASE = EngineConfig(max_step_tokens=64, max_running=16, rank_deadline=20)
+
+
+def unit(name: str, **engine: int) -> UnitConfig:
+    """`name`: of its role, and a number."""
+    role = name.partition("-")[0]
+    return UnitConfig(name=name, role=role, engine=replace(BASE, **engine))  # type: ignore[arg-type]
+
+
 def config(prefill: dict[str, int] | None = None, decode: dict[str, int] | None = None, **fleet: object) -> FleetConfig:
-    base = EngineConfig(max_step_tokens=64, max_running=16, rank_deadline=20)
-    return FleetConfig(
-        prefill=(replace(base, **(prefill or {})),),  # type: ignore[arg-type]
-        decode=(replace(base, **(decode or {})),),  # type: ignore[arg-type]
-        **fleet,  # type: ignore[arg-type]
-    )
+    units = unit("prefill-0", **(prefill or {})), unit("decode-0", **(decode or {}))
+    return FleetConfig(units=units, **fleet)  # type: ignore[arg-type]
 
 
 @contextlib.asynccontextmanager
@@ -78,11 +84,12 @@ async def all_pages_are_back(fleet: Fleet, seconds: float = 5) -> bool:
     return await until(lambda: not fleet.stats().pages_used and not fleet.stats().running, seconds)
 
 
-def pids(fleet: Fleet, side: str) -> list[int]:
+def pids(fleet: Fleet, role: str) -> list[int]:
     return [
         process.pid
-        for engine in fleet._pools[side].engines  # type: ignore[index]
-        for host in engine._unit.hosts  # type: ignore[union-attr]
+        for member in fleet.crew.members
+        if member.role == role and member.engine._unit is not None
+        for host in member.engine._unit.hosts
         for process in host.processes.values()  # type: ignore[attr-defined]
     ]
 
@@ -171,12 +178,17 @@ async def test_a_rank_that_is_killed_costs_time_and_no_text(
         assert fleet.health().ready
 
 
-async def test_a_fleet_of_two_models_or_without_a_role_is_refused() -> None:
-    one = EngineConfig()
-    with pytest.raises(ValueError, match="page must be the same"):
-        FleetConfig(prefill=(one,), decode=(EngineConfig(page=8),))
-    with pytest.raises(ValueError, match="at least one prefill unit and one decode unit"):
-        FleetConfig(prefill=(one,), decode=())
+@pytest.mark.parametrize(
+    ("units", "problem"),
+    [
+        ((unit("prefill-0"), unit("decode-0", page=8)), "page must be the same"),
+        ((unit("prefill-0"),), "at least one prefill unit and one decode unit, or a mixed one"),
+        ((unit("mixed-0"), unit("mixed-0")), "two units are called mixed-0"),
+    ],
+)
+def test_a_fleet_that_cannot_work_together_is_refused(units: tuple[UnitConfig, ...], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        FleetConfig(units=units)
 
 
 async def test_a_unit_that_cannot_load_ends_the_others() -> None:
@@ -187,7 +199,7 @@ async def test_a_unit_that_cannot_load_ends_the_others() -> None:
 
 
 def test_ranks_wait_longer_than_the_gateway() -> None:
-    deadlines = FleetConfig(prefill=(EngineConfig(),), decode=(EngineConfig(),)).deadlines
+    deadlines = config().deadlines
     assert deadlines.transferring < handing.LEASE
     assert deadlines.prefilling < handing.RESERVATION
     assert deadlines.transferring > handing.TRANSFER

@@ -16,7 +16,8 @@ import pytest_asyncio
 
 from brigade.comm.link import Link
 from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
-from brigade.engine.fleet import Fleet, FleetConfig
+from brigade.engine.fleet import Fleet
+from brigade.engine.fleet_config import FleetConfig, UnitConfig
 from brigade.engine.host_messages import Goodbye
 from brigade.engine.kv_host import KvHost, kv_secret
 from brigade.engine.output import LoadError
@@ -36,7 +37,8 @@ DECODE = Layout((Host("127.0.0.2", 1), Host("127.0.0.3", 1)))
 def config() -> FleetConfig:
     one = EngineConfig(max_step_tokens=64, max_running=16, rank_deadline=10, threads=1, kv_bytes=1 << 22)
     two = EngineConfig(max_step_tokens=64, max_running=16, rank_deadline=10, threads=1, ranks=2, kv_bytes=1 << 22)
-    return FleetConfig(prefill=(one,), decode=(two,))
+    prefill = UnitConfig(name="prefill-0", role="prefill", engine=one)
+    return FleetConfig(units=(prefill, UnitConfig(name="decode-0", role="decode", engine=two)))
 
 
 class Hosted:
@@ -88,14 +90,14 @@ async def test_text_is_that_of_one_rank(hosted: Hosted, alone: Says) -> None:
     assert await ask_all(fleet, prompts, GREEDY) == [alone[tuple(p)][0] for p in prompts]
     assert (fleet.transfers["fetched"], fleet.transfers["computed"]) == (len(prompts), 0)
     told = {unit.unit: unit.loads.n_ranks for unit in await fleet.expert_loads() if unit.loads}
-    assert told == {"prefill 0": 1, "decode 0": 2}
+    assert told == {"prefill-0": 1, "decode-0": 2}
     assert await all_pages_are_back(fleet)
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_no_secret_is_sent(hosted: Hosted) -> None:
     assert {"Begin", "StartRank", "ToRank", "Heard", "Join"} <= set(hosted.sent)
-    assert b"prefill" in hosted.sent["StartRank"] or b"decode" in hosted.sent["StartRank"]
+    assert b"n_here" in hosted.sent["StartRank"]
     for secret in (SECRET, kv_secret(SECRET)):
         for shape in (secret, base64.b64encode(secret), secret.hex().encode()):
             assert not any(shape in message for message in hosted.sent.values())
@@ -114,8 +116,8 @@ async def test_requests_go_on_when_a_host_was_lost_and_is_there_again(
     hosted.join(1)
     assert await asyncio.wait_for(asyncio.gather(*answers), 30) == [alone[tuple(p)][1] for p in prompts]
     assert await until(lambda: fleet.health().ready, 20)
-    assert "host 127.0.0.2 (prefill 0: rank 0; decode 0: rank 0) is gone" in caplog.text
-    assert "decode 0: lost and being replaced: rank 0: " in caplog.text
+    assert "host 127.0.0.2 (prefill-0: rank 0; decode-0: rank 0) is gone" in caplog.text
+    assert "decode-0: lost and being replaced: rank 0: " in caplog.text
     assert await all_pages_are_back(fleet)
 
 
@@ -123,7 +125,7 @@ async def test_hosts_that_do_not_join_are_named_with_their_ranks_of_every_unit()
     hosts = HostsConfig(layouts=(PREFILL, DECODE), head="127.0.0.1", secret=SECRET, port=free_port(), wait=0.2)
     with pytest.raises(LoadError) as e:
         await Fleet.start(config(), hosts=hosts)
-    assert "host 127.0.0.2 (prefill 0: rank 0; decode 0: rank 0), host 127.0.0.3 (decode 0: rank 1)" in str(e.value)
+    assert "host 127.0.0.2 (prefill-0: rank 0; decode-0: rank 0), host 127.0.0.3 (decode-0: rank 1)" in str(e.value)
 
 
 def test_ranks_of_one_host_share_memory_and_the_rest_knows_a_secret_that_is_not_the_hosts() -> None:
@@ -131,7 +133,7 @@ def test_ranks_of_one_host_share_memory_and_the_rest_knows_a_secret_that_is_not_
     for address in ("127.0.0.2", "127.0.0.3"):
         host = KvHost.create(address, [PREFILL, DECODE], SECRET)
         with contextlib.closing(host):
-            of[address] = [host.of(unit, KvConfig(role=role)) for unit, role in ((0, "prefill"), (1, "decode"))]  # type: ignore[arg-type]
+            of[address] = [host.of(unit, KvConfig()) for unit in (0, 1)]
     assert [[f >= 0 for f in kv.files] for kv in of["127.0.0.2"]] == [[True, True, False]] * 2
     assert [f >= 0 for f in of["127.0.0.3"][1].files] == [False, False, True]
     assert [kv.first for kv in of["127.0.0.2"]] == [0, 1]
@@ -144,6 +146,6 @@ def test_ranks_of_one_host_share_memory_and_the_rest_knows_a_secret_that_is_not_
 def test_ranks_of_all_units_of_a_host_share_it_and_a_link_over_tcp_alone_shares_no_memory() -> None:
     two = Layout((Host("10.0.0.1", 2),))
     with contextlib.closing(KvHost.create("10.0.0.1", [two, two])) as host:
-        kv = host.of(1, KvConfig(role="decode"))
+        kv = host.of(1, KvConfig())
         assert (kv.address, kv.first, len(kv.files), kv.n_here) == ("10.0.0.1", 2, 4, 4)
-        assert host.of(1, KvConfig(role="decode", link="tcp")).files == ()
+        assert host.of(1, KvConfig(link="tcp")).files == ()

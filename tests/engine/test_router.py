@@ -1,14 +1,14 @@
 """Requests go to the rank that has the least to do, or that has their beginning cached."""
 
 from brigade.engine.config import DEMO_MODEL
-from brigade.engine.router import Router, weights_of
+from brigade.engine.router import Room, Router, weights_of
 from brigade.spec.config import read_spec
 
 SPEC = read_spec(DEMO_MODEL)
 
 
 def router(n_ranks: int = 3, max_running: int = 4) -> Router:
-    return Router(SPEC, n_ranks, max_running, page=16, pages=64)
+    return Router(SPEC, 16, [Room(max_running, 64)] * n_ranks)
 
 
 def prompt(n: int, first: int = 1) -> list[int]:
@@ -67,3 +67,18 @@ def test_a_rank_that_lost_its_cache_is_not_preferred_for_what_it_had() -> None:
     assert r.place(5, [*prompt(200, 1000), 7, 8, 9], 8, "") != 1
     r.ended(5)
     assert r.place(6, [*prompt(200, 2000), 7, 8, 9], 8, "") == 2
+
+
+def test_only_ranks_that_can_be_had_now_are_chosen_and_each_by_what_it_does() -> None:
+    r = router()
+    assert r.place(0, prompt(20), 8, "", {2: "decode"}) == 2
+    assert r.place(1, prompt(20, 500), 8, "", {1: "mixed", 2: "decode"}) == 1
+    assert r.place(2, prompt(900, 1000), 1, "", {0: "decode", 2: "prefill"}) == 0, "it need not compute the prompt"
+    assert r.place(3, prompt(20, 3000), 1, "", {0: "prefill", 1: "prefill"}) == 0, "prompts of others cost it nothing"
+
+
+def test_each_rank_has_room_of_its_own() -> None:
+    r = Router(SPEC, 16, [Room(1, 64), Room(8, 2)])
+    assert r.place(0, prompt(40), 8, "") == 0, "the other one has not enough pages"
+    assert r.place(1, prompt(20, 100), 8, "") == 1, "the first has no place"
+    assert r.place(2, prompt(20, 200), 8, "") == 1, "both are full: the one with less to do"

@@ -142,7 +142,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 def test_a_decode_host_that_is_cut_off_costs_no_request_and_no_text(fleet: Fleet, expected: list[str]) -> None:
     texts, seconds = fleet.ask_all(lambda: fleet.net.cut(DECODE))
     assert texts == expected
-    assert f"host {fleet.net.addresses[DECODE]} (decode 1: rank 0) is gone" in fleet.log.read_text()
+    assert f"host {fleet.net.addresses[DECODE]} (decode-1: rank 0) is gone" in fleet.log.read_text()
     assert fleet.get("/ready").status_code == 200, "the other unit decodes"
     until(lambda: fleet.held() == 0, 10, "all pages are back")
     fleet.net.heal(DECODE)
@@ -161,7 +161,7 @@ def test_a_host_that_is_killed_with_all_prefill_is_waited_for(fleet: Fleet, expe
     texts, seconds = fleet.ask_all(fault)
     assert texts == expected
     assert seconds < QUEUED_S
-    assert f"host {fleet.net.addresses[BOTH]} (prefill 0: rank 0; decode 0: rank 0) is gone" in fleet.log.read_text()
+    assert f"host {fleet.net.addresses[BOTH]} (prefill-0: rank 0; decode-0: rank 0) is gone" in fleet.log.read_text()
     until(lambda: fleet.held() == 0, 10, "all pages are back")
     print(f"host with prefill killed: all {len(PROMPTS)} answers after {seconds:.1f} s")
 

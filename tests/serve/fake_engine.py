@@ -4,6 +4,7 @@ A prompt's own first tokens do not matter. Faults are switched on by attributes.
 """
 
 import asyncio
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,7 +81,7 @@ def some_loads() -> ExpertLoads:
 
 
 class FakeEngine:
-    """The interface of brigade.engine.client.Engine."""
+    """The interface of brigade.engine.fleet.Fleet."""
 
     def __init__(self, story: str = STORY, max_context: int = 256, model: str = str(DEMO_MODEL)) -> None:
         self.story = story
@@ -104,7 +105,7 @@ class FakeEngine:
         self.tokenizer = TOKENIZER
         self.config = SimpleNamespace(model=model, max_running=64, max_waiting=256)
         self.failed = False
-        self.loads: list[UnitLoads] | EngineError = [UnitLoads("mixed 0", some_loads())]
+        self.loads: list[UnitLoads] | EngineError = [UnitLoads("mixed-0", some_loads())]
         """Of experts."""
         self.spec = SimpleNamespace(vocab=TOKENIZER.vocab)
         self.ready = Ready(n_pages=40, page=16, max_context=max_context, notes=[])
@@ -145,7 +146,8 @@ class FakeEngine:
     def stats(self) -> Stats:
         return Stats(n_steps=7, running=len(self.running), waiting=3, pages_used=10, n_preempted=2)
 
-    def handovers(self) -> None: ...
+    def handovers(self) -> tuple[dict[str, int], Counter[str], float]:
+        return {"decoding": len(self.running)}, Counter(fetched=2), 0.5
 
     def drain(self) -> None:
         self.draining = True

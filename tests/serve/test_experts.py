@@ -15,7 +15,7 @@ async def test_it_tells_loads_and_places_in_the_shape_described(client: httpx.As
     schema = {"$ref": "#/components/schemas/Experts", "components": described["components"]}
     Draft202012Validator(schema).validate(got)
     [unit] = got["units"]
-    assert (unit["unit"], unit["problem"]) == ("mixed 0", "")
+    assert (unit["unit"], unit["problem"]) == ("mixed-0", "")
     got = unit["loads"]
     assert (got["busiest_over_mean_before"], got["busiest_over_mean"]) == (1.5, 1.17)
     assert got["layers"][0]["slots"] == [0, 1, 2, 3, 4, 5, 0]

@@ -17,6 +17,7 @@ from brigade.spec.deploy import (
     deployment_from,
     plain,
     shown,
+    unit_names,
 )
 from brigade.spec.layout import Host
 
@@ -34,7 +35,7 @@ def error_of(data: object, line_of: dict[Any, int] | None = None) -> str:
 def test_the_set_of_keys_is_small_and_known() -> None:
     top = "model weights rank_memory listen api_key_file gateway host_port secret_file units limits"
     assert " ".join(KEYS) == top
-    assert " ".join(UNIT_KEYS) == "role count hosts ranks_per_host redundant_experts limits"
+    assert " ".join(UNIT_KEYS) == "role name count hosts ranks_per_host redundant_experts limits"
     assert " ".join(LIMIT_KEYS) == "max_running max_waiting max_context max_step_tokens kv_memory"
 
 
@@ -191,3 +192,28 @@ def test_what_is_written_back_reads_as_the_same() -> None:
 
 def test_a_path_is_shown_as_people_write_it() -> None:
     assert shown(("units", 0, "hosts", 1)) == "units[0].hosts[1]"
+
+
+# Names of units -------------------------------------------------------------------------------------------------------
+
+
+def test_units_are_called_by_their_role_and_a_number_or_as_the_file_says() -> None:
+    d = deployment_from(
+        {"units": [unit(role="prefill"), unit(role="decode", count=2), unit(name="box"), unit(role="decode"), unit()]}
+    )
+    assert unit_names(d) == ("prefill-0", "decode-0", "decode-1", "box", "decode-2", "mixed-0")
+    assert unit_names(deployment_from({"units": [unit(name="rack", count=3)]})) == ("rack-0", "rack-1", "rack-2")
+    assert unit_names(deployment_from({})) == ("mixed-0",)
+
+
+@pytest.mark.parametrize(
+    ("units", "problem"),
+    [
+        ([unit(name="a"), unit(name="a")], "d.yaml: units[0].name: another unit is called a, too"),
+        ([unit(), unit(name="mixed-0")], "d.yaml: units[1].name: another unit is called mixed-0, too"),
+        ([unit(name="Rack 1")], "d.yaml: units[0].name: must be lower-case letters, digits and single hyphens"),
+        ([unit(name="x" * 41)], "d.yaml: units[0].name: must be lower-case letters, digits and single hyphens"),
+    ],
+)
+def test_a_name_is_that_of_one_unit_and_easy_to_type(units: list[dict[str, Any]], problem: str) -> None:
+    assert error_of({"units": units}).startswith(problem)

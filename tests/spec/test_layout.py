@@ -35,9 +35,10 @@ def test_layouts_that_cannot_be() -> None:
 
 def test_ranks_of_one_host_hand_over_through_its_memory_and_the_rest_over_tcp() -> None:
     a, b, both = (Layout(tuple(Host(x, 1) for x in hosts)) for hosts in ("a", "b", "ab"))
-    assert links([a], [a]) == ("shared",)
-    assert links([a], [b]) == ("tcp",)
-    assert links([a], [both]) == links([a, b], [a]) == ("shared", "tcp")
+    assert links([a, a]) == ("shared",)
+    assert links([a, b]) == ("tcp",)
+    assert links([a, both]) == links([a, b, a]) == ("shared", "tcp")
+    assert links([both]) == ()
 
 
 def test_ranks_of_all_units_share_a_host_and_the_loopback_is_one_machine() -> None:
