@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from brigade.cli import bench, chat, doctor, experts, explain, join, manifest, plan, serve, up
+from brigade.cli import bench, chat, doctor, experts, explain, join, manifest, plan, serve, up, verify
 from brigade.cli.fault import Fault, one_line
 
 
@@ -44,7 +44,7 @@ app.command()(up.up)
 app.command()(explain.explain)
 app.command()(manifest.manifest)
 app.add_typer(plan.app, name="plan")
-app.command()(plan.verify)
+app.command()(verify.verify)
 
 
 def version_line() -> str:

@@ -22,8 +22,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from brigade.plan.case import Case
 from brigade.plan.fit import Linear, Problem, fit, groups_of, problem, residual, well_known, without
-from brigade.plan.points import Case, shipped_points, shipped_rows
+from brigade.plan.points import shipped_points, shipped_rows
 from brigade.plan.rates import Calibration, to_json
 
 OUT = Path(__file__).parent / "data" / "calibration.json"

@@ -1,89 +1,96 @@
 """The answer as one HTML file without network: tables, and plots as inline SVG. English or Chinese."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
-from brigade.plan.ask import Answer, Option, serve
-from brigade.plan.explained import explain
+from brigade.plan.ask import serve
+from brigade.plan.explained import Line, explain
 from brigade.plan.memory import memory
+from brigade.plan.plots import COLOURS, Plot, bar
+from brigade.plan.question import Answer, Option
 from brigade.plan.rates import Calibration
-from brigade.plan.search import Slo, search
+from brigade.plan.reasons import NAMES, ROLES
+from brigade.plan.say import Say, say
+from brigade.plan.search import search
 from brigade.plan.serving import Workload
+from brigade.plan.units import Slo
 
-COLOURS = ("#2f6f9f", "#c8553d", "#5b8e3e", "#8a5aa8", "#d19a2a", "#4aa3a3", "#a33d6b", "#777777", "#3d5aa3", "#b08968")
-FAMILY_COLOUR = {"boxes": COLOURS[0], "wide mixed": COLOURS[2], "cluster": COLOURS[1]}
+FAMILY_COLOUR = dict(zip(("boxes", "cluster", "wide mixed", "two kinds", "pipeline"), COLOURS, strict=False))
 PROMISES = (0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1)
-
-ZH = {
-    "Which deployment should these servers run?": "这些服务器该怎么部署？",
-    "Options": "方案",
-    "deployment": "部署",
-    "most users (80 %)": "最多用户（80 % 区间）",
-    "output tok/s/card": "每卡输出 tok/s",
-    "nodes": "节点数",
-    "Throughput per card against speed per user": "每卡吞吐与单用户速度",
-    "tokens/s of one user": "单用户 tok/s",
-    "Time of a step by term": "一步的时间构成",
-    "Memory of a card": "单卡显存",
-    "Nodes needed by number of users": "不同用户数所需节点",
-    "concurrent users": "并发用户数",
-    "Every term": "每一项",
-    "Assumed": "假设",
-    "boxes": "一体机",
-    "wide mixed": "跨节点专家并行（混合）",
-    "cluster": "专家并行集群（预填充与解码分离）",
-    "why": "理由",
-    "formula": "公式",
-    "source": "出处",
-    "value": "数值",
-    "term": "项",
-}
+STYLE = (
+    "body{font:15px/1.5 system-ui,'Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif;max-width:64em;"
+    "margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;width:100%}"
+    "td,th{border-bottom:1px solid #ddd;padding:.3em .5em;text-align:left;vertical-align:top}"
+    "td{overflow-wrap:anywhere}td.n{white-space:nowrap}.wide{overflow-x:auto}.lead{font-size:1.2em}"
+    "svg{width:100%;height:auto}svg text{font:12px system-ui,'Noto Sans CJK SC','PingFang SC',sans-serif}"
+)
+Tell = Callable[[Say | str], str]
+"""Says something in the report's language."""
 
 
 def report(a: Answer, c: Calibration, lang: str = "en") -> str:
-    """The whole file. `lang`: 'en' or 'zh' (headings and axes; sentences stay in English)."""
+    """The whole file, in a language of LANGUAGES."""
 
-    def t(text: str) -> str:
-        return ZH.get(text, text) if lang == "zh" else text
+    def t(text: Say | str) -> str:
+        return text.to(lang) if isinstance(text, Say) else text
 
     best = a.options[0]
     q = a.question
     w = Workload(best.users, q.n_in, q.n_out, q.hit)
-    parts = [
-        f"<h1>{escape(t('Which deployment should these servers run?'))}</h1>",
-        f"<p class=lead>{escape(a.sentence)}</p>",
-        f"<h2>{escape(t('Options'))}</h2>{_options(a.options, t)}",
-        f"<h2>{escape(t('Throughput per card against speed per user'))}</h2>{_pareto(a, c, t)}",
-        f"<h2>{escape(t('Time of a step by term'))}</h2>{_terms(best, c, w)}",
-        f"<h2>{escape(t('Memory of a card'))}</h2>{_memory(best)}",
-        f"<h2>{escape(t('Nodes needed by number of users'))}</h2>{_crossover(a, t)}<p>{escape(a.crossover)}</p>",
-        *(f"<p>{escape(note)}</p>" for note in a.notes),
-        f"<h2>{escape(t('Assumed'))}</h2><ul>{''.join(f'<li>{escape(x)}</li>' for x in a.assumptions)}</ul>",
-        f"<details><summary>{escape(t('Every term'))}</summary>{_lines(best, c, w, t)}</details>",
-    ]
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
-        "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3em .5em;"
-        "text-align:left;vertical-align:top}.lead{font-size:1.2em}"
-        "svg{width:100%;height:auto}svg text{font:12px system-ui,sans-serif}"
+    sections = (
+        (say("Options"), _options(a.options, t)),
+        (say("Throughput per card against speed per user"), _pareto(a, c, t)),
+        (say("Time of a step by term"), _terms(best, c, w, t)),
+        (say("Memory of a card"), _memory(best, t)),
+        (say("Nodes needed by number of users"), _crossover(a, t) + _paragraph(t(a.crossover))),
+        (say("To note"), "".join(_paragraph(t(note)) for note in a.notes)),
+        (say("Assumed"), f"<ul>{''.join(f'<li>{escape(t(x))}</li>' for x in a.assumptions)}</ul>"),
     )
+    title = t(say("Which deployment should these servers run?"))
+    body = "".join(f"<h2>{escape(t(head))}</h2>{part}" for head, part in sections)
+    every = f"<details><summary>{escape(t(say('Every term')))}</summary>{_lines(explain(best, c, w), t)}</details>"
     return (
-        f'<!doctype html><html lang="{lang}"><meta charset="utf-8"><title>brigade plan</title><style>{style}</style>'
-        + "".join(parts)
-        + "</html>\n"
+        f'<!doctype html><html lang="{lang}"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{_question(a, t)}"
+        f"<p class=lead>{escape(t(a.sentence))}</p>{body}{every}</body></html>\n"
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def _question(a: Answer, t: Tell) -> str:
+    q = a.question
+    have = " + ".join(f"{s.n} x {s.per_node} x {s.device.name}" for s in q.fleets)
+    return _paragraph(
+        t(
+            say(
+                "{model} on {have}: {users:,} users, {n_in:,} input and {n_out:,} output tokens, {hit:.0%} of the "
+                "input cached; {tpot:g} ms a token and {ttft:g} s to the first at p90",
+                model=q.model.name, have=have, users=q.users, n_in=q.n_in, n_out=q.n_out, hit=q.hit,
+                tpot=q.slo.tpot * 1e3, ttft=q.slo.ttft,
+            )
+        )
+    )  # fmt: skip
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """`numbers`: columns that are not broken."""
     top = "".join(f"<th>{escape(h)}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(x)}</td>" for x in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{' class=n' if i in numbers else ''}>{escape(x)}</td>" for i, x in enumerate(row))
+        + "</tr>"
+        for row in rows
+    )
+    return f"<div class=wide><table><tr>{top}</tr>{body}</table></div>"
 
 
-def _options(options: Sequence[Option], t) -> str:  # type: ignore[no-untyped-def]
+def _options(options: Sequence[Option], t: Tell) -> str:
     rows = [
         (
-            f"{o.model}: {o.name}",
+            f"{o.model}: {t(o.name)}",
             f"{o.most_users:,.0f} ({o.most_users_range[0]:,.0f}-{o.most_users_range[1]:,.0f})",
             f"{o.layout.nodes:g}",
             f"{o.tokens_per_gpu:,.0f}",
@@ -91,138 +98,72 @@ def _options(options: Sequence[Option], t) -> str:  # type: ignore[no-untyped-de
             "/".join(f"{x * 1e3:.0f}" for x in o.tpot) + " ms",
             "-" if o.cost is None else f"${o.cost:.2f}",
             f"{o.kilowatts:,.0f}",
-            o.why,
+            t(o.why),
         )
         for o in options
     ]
     head = (
-        "deployment",
-        "most users (80 %)",
-        "nodes",
-        "output tok/s/card",
-        "TTFT p50/p90/p99",
-        "TPOT p50/p90/p99",
-        "$/M",
-        "kW",
-        "why",
+        *(say("deployment"), say("most users (80 %)"), say("nodes"), say("output tok/s/card")),
+        *("TTFT p50/p90/p99", "TPOT p50/p90/p99", say("$/M output"), "kW", say("why")),
     )
-    return _table([t(h) for h in head], rows)
+    return _table([t(h) for h in head], rows, (2, 3, 4, 5, 6, 7))
 
 
-class _Plot:
-    """Axes and marks of one SVG, 720 x 320."""
-
-    WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 320, 70, 45, 15, 20
-
-    def __init__(self, x_most: float, y_most: float, x_name: str, y_name: str) -> None:
-        self.x_most, self.y_most = x_most or 1.0, y_most or 1.0
-        self.out: list[str] = []
-        for i in range(5):
-            x, y = self.x_most * i / 4, self.y_most * i / 4
-            self.out.append(f'<path d="M{self.x(0):.1f} {self.y(y):.1f}H{self.x(self.x_most):.1f}" stroke="#e4e4e4"/>')
-            self.text(self.LEFT - 6, self.y(y) + 4, f"{y:,.4g}", "end")
-            self.text(self.x(x), self.HEIGHT - self.BOTTOM + 16, f"{x:,.4g}", "middle")
-        self.text((self.WIDTH + self.LEFT) / 2, self.HEIGHT - 8, x_name, "middle")
-        self.out.append(
-            f'<text transform="translate(14 {self.HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
-            f"{escape(y_name)}</text>"
-        )
-
-    def x(self, value: float) -> float:
-        return self.LEFT + value / self.x_most * (self.WIDTH - self.LEFT - self.RIGHT)
-
-    def y(self, value: float) -> float:
-        return self.HEIGHT - self.BOTTOM - value / self.y_most * (self.HEIGHT - self.BOTTOM - self.TOP)
-
-    def text(self, x: float, y: float, text: str, anchor: str = "start") -> None:
-        self.out.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
-
-    def line(self, points: Sequence[tuple[float, float]], colour: str, dots: bool = True) -> None:
-        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
-        self.out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        if dots:
-            self.out += [
-                f'<circle cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3.5" fill="{colour}"/>' for x, y in points
-            ]
-
-    def legend(self, names: Sequence[tuple[str, str]]) -> None:
-        for i, (name, colour) in enumerate(names):
-            y = self.TOP + 14 + 18 * i
-            self.out.append(f'<rect x="{self.WIDTH - 270}" y="{y - 10}" width="12" height="12" fill="{colour}"/>')
-            self.text(self.WIDTH - 252, y, name)
-
-    def svg(self) -> str:
-        return f'<svg viewBox="0 0 {self.WIDTH} {self.HEIGHT}" role="img">{"".join(self.out)}</svg>'
-
-
-def _pareto(a: Answer, c: Calibration, t) -> str:  # type: ignore[no-untyped-def]
-    """For each promise of time per token, the best throughput per card of each family on the first fleet."""
+def _pareto(a: Answer, c: Calibration, t: Tell) -> str:
+    """For each promise of time per token, the best throughput per card of each family on the first kind of servers."""
     q = a.question
     fleet = q.fleets[0]
     f = q.model.facts(q.precision)
     w = Workload(q.users, q.n_in, q.n_out, q.hit)
     curves: dict[str, list[tuple[float, float]]] = {}
     for tpot in PROMISES:
-        found = search(f, fleet, q.engine, c, w, Slo(tpot, q.slo.ttft), q.draft and q.model.spec.n_mtp > 0, q.loads)
+        found = search(f, fleet, q.engine, c, w, Slo(tpot, q.slo.ttft), q.can_draft, q.loads)
         for family in FAMILY_COLOUR:
-            rates = [x.rate * q.n_out / (x.nodes * fleet.per_node) for x in found.layouts if x.family == family]
+            rates = [x.rate * q.n_out / x.n_gpus for x in found.layouts if x.family == family]
             if rates:
                 curves.setdefault(family, []).append((1 / tpot, max(rates)))
-    top = max((y for line in curves.values() for _, y in line), default=1.0)
-    plot = _Plot(1 / PROMISES[0], top * 1.1, t("tokens/s of one user"), t("output tok/s/card"))
+    if not curves:
+        return _paragraph(t(say("no layout keeps any of these promises")))
+    top = max(y for line in curves.values() for _, y in line)
+    plot = Plot(1 / PROMISES[0], top * 1.1, t(say("tokens/s of one user")), t(say("output tok/s/card")))
     for family, points in curves.items():
         plot.line(sorted(points), FAMILY_COLOUR[family])
-    plot.legend([(t(family), FAMILY_COLOUR[family]) for family in curves])
+    plot.legend([(t(NAMES[family]), FAMILY_COLOUR[family]) for family in curves], left=400)
     return plot.svg()
 
 
-def _bar(parts: Sequence[tuple[str, float]], unit: str) -> str:
-    """A horizontal bar in pieces, with a legend below."""
-    total = sum(v for _, v in parts) or 1.0
-    out, x = [], 0.0
-    for i, (name, v) in enumerate(parts):
-        width = 700 * v / total
-        colour = COLOURS[i % len(COLOURS)]
-        out.append(
-            f'<rect x="{10 + x:.1f}" y="8" width="{width:.1f}" height="34" fill="{colour}">'
-            f"<title>{escape(name)}</title></rect>"
-        )
-        column, row = i % 3, i // 3
-        out.append(f'<rect x="{10 + 235 * column}" y="{54 + 20 * row}" width="12" height="12" fill="{colour}"/>')
-        out.append(f'<text x="{28 + 235 * column}" y="{64 + 20 * row}">{escape(name)}: {v:,.3g} {unit}</text>')
-        x += width
-    height = 62 + 20 * -(-len(parts) // 3)
-    return f'<svg viewBox="0 0 720 {height}" role="img">{"".join(out)}</svg>'
-
-
-def _terms(o: Option, c: Calibration, w: Workload) -> str:
+def _terms(o: Option, c: Calibration, w: Workload, t: Tell) -> str:
     served = serve(o.layout, c, w)
     out = []
     for name, step in ("decode", served.decode), ("prefill", served.prefill):
         parts: dict[str, float] = {}
         for term in step.terms:
             parts[term.name] = max(parts.get(term.name, 0.0), term.seconds * 1e3)
-        how = "computing and sending overlap" if step.overlapped else "one after the other"
-        out.append(f"<p>{name}: {step.seconds * 1e3:.1f} ms ({how})</p>" + _bar(list(parts.items()), "ms"))
+        how = say("computing and sending overlap") if step.overlapped else say("one after the other")
+        head = say("{phase}: {ms:.1f} ms ({how})", phase=ROLES[name], ms=step.seconds * 1e3, how=how)
+        out.append(_paragraph(t(head)) + bar([(t(say(n)), v) for n, v in parts.items()], "ms"))
     return "".join(out)
 
 
-def _memory(o: Option) -> str:
+def _memory(o: Option, t: Tell) -> str:
     out = []
     for u, _ in o.layout.units:
-        m = memory(u.pool.f, u.grid, o.device, drafts=u.pool.setup.draft)
+        m = memory(u.pool.f, u.grid, u.pool.device, drafts=u.pool.setup.draft)
         parts = [
-            ("attention and dense", m.dense), ("routed experts", m.experts), ("shared experts", m.shared),
-            ("head, embedding", m.head), ("kept free", m.reserved), ("cache", max(m.free, 0.0)),
+            ("attention, dense layers, gate", m.dense), ("routed experts", m.experts), ("shared experts", m.shared),
+            ("head and embedding", m.head), ("kept free", m.reserved), ("cache", max(m.free, 0.0)),
         ]  # fmt: skip
-        out.append(f"<p>{u.role}</p>" + _bar([(n, v / 1e9) for n, v in parts], "GB"))
+        head = say("{role}: {device}", role=ROLES[u.role], device=u.pool.device.name)
+        out.append(_paragraph(t(head)) + bar([(t(say(n)), v / 1e9) for n, v in parts], "GB"))
     return "".join(out)
 
 
-def _crossover(a: Answer, t) -> str:  # type: ignore[no-untyped-def]
-    most = max((users for users, _ in a.curve), default=1)
-    top = max((n for _, row in a.curve for n in row.values()), default=1.0)
-    plot = _Plot(float(most), top * 1.1, t("concurrent users"), t("nodes"))
+def _crossover(a: Answer, t: Tell) -> str:
+    if not a.curve:
+        return ""
+    most = max(users for users, _ in a.curve)
+    top = max(n for _, row in a.curve for n in row.values())
+    plot = Plot(float(most), top * 1.1, t(say("concurrent users")), t(say("nodes")))
     names = []
     for family, colour in FAMILY_COLOUR.items():
         points: list[tuple[float, float]] = []
@@ -233,13 +174,11 @@ def _crossover(a: Answer, t) -> str:  # type: ignore[no-untyped-def]
             before = float(users)
         if points:
             plot.line(points, colour, dots=False)
-            names.append((t(family), colour))
-    for i, (name, colour) in enumerate(names):  # the curves rise to the right, so there is room at the left
-        plot.out.append(f'<rect x="90" y="{14 + 18 * i}" width="12" height="12" fill="{colour}"/>')
-        plot.text(108, 24 + 18 * i, name)
+            names.append((t(NAMES[family]), colour))
+    plot.legend(names, left=90)  # the curves rise to the right, so there is room at the left
     return plot.svg()
 
 
-def _lines(o: Option, c: Calibration, w: Workload, t) -> str:  # type: ignore[no-untyped-def]
-    rows = [(x.part, x.name, x.value, x.formula, x.source) for x in explain(o, c, w)]
-    return _table(["", t("term"), t("value"), t("formula"), t("source")], rows)
+def _lines(lines: Sequence[Line], t: Tell) -> str:
+    rows = [(t(x.part), t(x.name), t(x.value), t(x.formula), t(x.source)) for x in lines]
+    return _table(["", *(t(h) for h in (say("term"), say("value"), say("formula"), say("source")))], rows, (2,))

@@ -39,6 +39,11 @@ class Model:
         return facts(self.spec, precision, self.window, self.windowed)
 
     @property
+    def n_experts(self) -> int:
+        """Routed experts of a layer."""
+        return self.spec.moe.n_experts if self.spec.moe else 0
+
+    @property
     def billions(self) -> tuple[float, float]:
         """Parameters, and those a token multiplies by, in billions."""
         return count(self.spec) / 1e9, active(self.spec) / 1e9

@@ -52,8 +52,10 @@ class Rates:
     """Between two steps: scheduling, sampling."""
     draft_ms: float = 1.0
     """Scheduling and launching of each drafting pass."""
-    exchange_us: float = 20.0
-    """Beyond its wire time, of one dispatch or one combine."""
+    exchange_us: float = 30.0
+    """Beyond its wire time, of one dispatch or one combine that crosses to other nodes over NICs."""
+    near_us: float = 20.0
+    """The same where the scale-up link joins all ranks: loads and stores, no messages."""
     reduce_us: float = 12.0
     """Beyond its wire time, of one all-reduce among TP ranks."""
     hidden: float = 0.25
@@ -73,7 +75,10 @@ class Rates:
     ttft_ms: float = 80.0
     """Door, tokenizer, first scheduling."""
     alone: float = 1.0
-    """Of the prefill time that a prompt costs among others: what it waits for its own when it is first in line."""
+    """Of the prefill time that a prompt costs among others: what it waits for its own when it is first in line on a
+    mixed unit."""
+    alone_apart: float = 1.3
+    """The same on a prefill unit: two engines schedule it, and a gateway between them."""
     gather: float = 1.5
     """Times the time to first token of replicas in step on a mixed box: prompts wait to be prefilled together."""
     waiting: float = 1.0
@@ -90,8 +95,9 @@ PRIOR_SD: Mapping[str, float] = {
     "gemm": 0.25, "gemm4": 0.4, "gemm_decode": 0.25, "falloff": 0.5, "host_memory": 0.3, "memory": 0.12,
     "stream": 0.2, "tile": 0.5, "felt": 0.3, "gather": 0.5, "core_decode": 0.2, "core_prefill": 0.12, "passes": 0.5,
     "up": 0.3, "fan": 0.08, "draft_ms": 0.3, "out": 0.15, "layer_us": 0.6, "host_ms": 0.8, "exchange_us": 0.6,
-    "reduce_us": 0.6, "hidden": 0.5, "drift": 0.2, "taste": 0.3, "alone": 0.4, "accept": 0.04, "mixing": 0.4,
-    "stagger": 0.3, "ttft_ms": 0.6, "waiting": 0.6, "burst": 0.6, "transfer": 0.6, "chunk_us": 0.8,
+    "near_us": 0.6, "reduce_us": 0.6, "hidden": 0.5, "drift": 0.2, "taste": 0.3, "alone": 0.4, "alone_apart": 0.4,
+    "accept": 0.04, "mixing": 0.4, "stagger": 0.3, "ttft_ms": 0.6, "waiting": 0.6, "burst": 0.6,
+    "transfer": 0.6, "chunk_us": 0.8,
 }  # fmt: skip
 """Of the logarithm of each: how far the fit may move it from its mean at one standard deviation."""
 

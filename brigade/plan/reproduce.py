@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from brigade.plan.case import Case
 from brigade.plan.fit import error
 from brigade.plan.models import find_model
-from brigade.plan.points import Case, shipped_points
+from brigade.plan.points import shipped_points
 from brigade.plan.rates import Calibration
 from brigade.plan.step import Setup, decode_step, prefill_step, tokens_per_step
 from brigade.spec.device import find_device

@@ -1,78 +1,26 @@
 """All layouts of a fleet that fit, and what each serves; exact, because a cluster is the product of its units.
 
-1. Units: every grid of 1 to n nodes (EP over any number of them, spare expert slots, attention TP, drafting), dropped
-   when its weights do not fit, then when even its bound (no latency, no imbalance) is slower than the best alike.
-2. Each unit once at its best: the largest batch that keeps the time per token, or the prompts per second that keep the
-   time to first token at the planned load.
-3. Layouts: k boxes, k wide units, or P prefill units + D decode units in whole numbers that fit into the nodes; each is
-   arithmetic on step 2. Kept are those on the Pareto front of nodes used and users served.
+1. Units (units.py): every grid of 1 to n nodes (EP over any number of them, spare expert slots, attention TP, pipeline
+   stages, drafting), each once at its best.
+2. Layouts: k boxes, k wide units, or P prefill units + D decode units in whole numbers that fit into the nodes, of one
+   kind of servers or of two; each is arithmetic on step 1.
+3. Kept are those on the Pareto front of what is paid and users served.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
+from itertools import permutations
 from math import ceil
 
-from brigade.plan.memory import memory
 from brigade.plan.quantity import Servers
-from brigade.plan.rates import Calibration, Rates
-from brigade.plan.serving import (
-    CHUNK,
-    DESIGN_LOAD,
-    LENGTHS,
-    P90,
-    Curve,
-    Pool,
-    Served,
-    StepOf,
-    Workload,
-    accept_of,
-    largest,
-    mixed,
-    prefill_time,
-    steady,
-    step_of,
-)
-from brigade.plan.step import PLAIN, Setup, decode_step, prefill_step, tokens_per_step
-from brigade.spec.device import Device
-from brigade.spec.work import Facts, Grid
+from brigade.plan.rates import Calibration
+from brigade.plan.serving import Workload
+from brigade.plan.step import PLAIN, Setup
+from brigade.plan.units import Slo, Unit, Units, units_of
+from brigade.spec.work import Facts
 
-MOST_BATCH = 1024.0
-"""Requests of a replica in one step at most: no engine goes further."""
-BATCHED = 4096
-"""Tokens that short prompts are gathered to in one prefill step under load."""
-TAIL = 1 + P90 * LENGTHS
-"""p90 over mean of the time per token where prefills do not interfere."""
-
-
-@dataclass(frozen=True)
-class Slo:
-    """What users are promised at p90, in seconds."""
-
-    tpot: float
-    ttft: float
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One kind of unit at its best operating point."""
-
-    role: str
-    """'mixed', 'prefill' or 'decode'."""
-    nodes: float
-    pool: Pool
-    users: float
-    """Requests it holds while it keeps the promise: in decoding (decode), or in all (mixed)."""
-    rate: float
-    """Requests per second."""
-    tpot: float
-    ttft: float
-    limit: str
-    """What binds: 'kv memory', 'tpot', 'ttft' or 'batch'."""
-
-    @property
-    def grid(self) -> Grid:
-        return self.pool.grid
+FAMILIES = ("boxes", "wide mixed", "cluster", "two kinds", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -85,10 +33,22 @@ class Layout:
     """Users it keeps the promise for."""
     rate: float
 
-    @property
+    @cached_property
+    def n_gpus(self) -> int:
+        return sum(u.grid.n_gpus * k for u, k in self.units)
+
+    @cached_property
+    def hourly(self) -> float:
+        """What is paid for: dollars an hour where prices are known, else accelerators."""
+        return sum(u.grid.n_gpus * k * (u.pool.device.price or 1.0) for u, k in self.units)
+
+    @cached_property
     def family(self) -> str:
+        if any(u.grid.pp > 1 for u, _ in self.units):
+            return "pipeline"
+        devices = {u.pool.device.name for u, _ in self.units}
         if len(self.units) > 1:
-            return "cluster"
+            return "cluster" if len(devices) == 1 else "two kinds"
         return "boxes" if self.units[0][0].nodes <= 1 else "wide mixed"
 
 
@@ -97,142 +57,9 @@ class Found:
     """The outcome of a search."""
 
     layouts: tuple[Layout, ...]
-    """The Pareto front: fewest nodes to most users, of each family."""
+    """The Pareto front: cheapest to most users, of each family."""
     n_considered: int
-    n_units: int
-    n_dropped_memory: int
-    n_dropped_bound: int
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def grids(f: Facts, fleet: Servers) -> Iterator[tuple[float, Grid]]:
-    """Nodes and grid of every unit worth a look."""
-    g = fleet.per_node
-    domain = min(g, fleet.device.domain)
-    for nodes in range(1, fleet.n + 1):
-        n = nodes * g
-        if n > max(g, 2 * f.n_experts):
-            break  # every expert has two ranks of its own: more would only wait for each other
-        if not f.n_moe:
-            if nodes == 1:
-                for tp in divisors(g):
-                    yield 1, Grid(g, domain, tp, 1)
-            continue
-        near = n if fleet.device.domain >= n else g
-        for tp in divisors(g):
-            for spare in spares(f.n_experts, n):
-                yield nodes, Grid(n, near, tp, n, spare)
-            if nodes == 1 and tp == g:
-                yield 1, Grid(g, near, g, 1)
-
-
-def spares(n_experts: int, ep: int) -> list[int]:
-    """Spare expert slots: as few as fill the ranks evenly, and one slot more on each rank."""
-    per_rank = ceil(n_experts / ep)
-    return [s * ep - n_experts for s in (per_rank, per_rank + 1) if s * ep <= 2 * n_experts + ep]
-
-
-def setups(f: Facts, can_draft: bool, loads: Setup) -> list[Setup]:
-    base = replace(loads, overlap=bool(f.n_moe))
-    return [base, replace(base, draft=1)] if can_draft else [base]
-
-
-@lru_cache(maxsize=64)
-def peak_rates() -> Rates:
-    """Rates that no software reaches: every share 1, no latency, no imbalance. Bounds follow from them."""
-    return Rates(
-        gemm=1, gemm4=1, gemm_decode=1, falloff=0, memory=1, host_memory=1, stream=1, tile=0, core_decode=1,
-        core_prefill=1, passes=0, up=1, fan=1, out=1, draft_ms=0, layer_us=0, host_ms=0, exchange_us=0, reduce_us=0,
-        hidden=0, drift=0, taste=0, mixing=0, ttft_ms=0, chunk_us=0,
-    )  # fmt: skip
-
-
-def floor_tpot(f: Facts, fleet: Servers, w: Workload, can_draft: bool) -> float:
-    """Seconds per token that no layout of these servers can beat: one request at peak rates."""
-    best = float("inf")
-    for _, grid in grids(f, fleet):
-        step = decode_step(f, grid, fleet.device, peak_rates(), 1 / grid.dp, w.context, Setup(perfect=True))
-        best = min(best, step.seconds / (2 if can_draft else 1))
-    return best
-
-
-def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: StepOf) -> Unit | None:
-    """The largest batch within the promise, or None where not even one request is."""
-    room = min(pool.capacity(w.context), MOST_BATCH)
-    per = tokens_per_step(pool.setup.draft, accept_of(pool.setup, c.rates))
-    factor = pool.factor(c, "decode") / per
-
-    def tpot(batch: float) -> float:
-        return steps(batch).seconds * factor
-
-    batch = largest(lambda b: tpot(b) * TAIL <= slo.tpot, room)
-    if batch * pool.grid.dp < 1:
-        return None
-    t = tpot(batch)
-    users = batch * pool.grid.dp
-    limit = "tpot" if batch < room * 0.99 else "kv memory" if room < MOST_BATCH else "batch"
-    return Unit("decode", nodes, pool, users, users / (w.n_out * t), t, 0.0, limit)
-
-
-def prefill_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo) -> Unit | None:
-    """Prompts per second at the planned load, or None where one prompt alone takes too long."""
-    alone, _ = prefill_time(pool, c, w)
-    transfer = c.rates.transfer * w.n_in * pool.f.kv_bytes / (pool.device.nic * c.rates.out) / pool.grid.tp
-    ttft = (
-        c.rates.ttft_ms * 1e-3
-        + c.rates.alone * alone * (1 + DESIGN_LOAD / (2 * (1 - DESIGN_LOAD)) / pool.grid.dp)
-        + transfer
-    )
-    if ttft > slo.ttft or memory(pool.f, pool.grid, pool.device).tokens < min(CHUNK, w.n_in):
-        return None
-    together = max(1, round(BATCHED / w.computed))
-    tokens = w.computed * together
-    if tokens <= CHUNK:
-        step = prefill_step(
-            pool.f, pool.grid, pool.device, c.rates, tokens, w.computed, w.n_in - w.computed, pool.setup
-        )
-        busy = step.seconds * pool.factor(c, "prefill") / together
-    else:
-        busy = alone
-    rate = DESIGN_LOAD * pool.grid.dp / busy
-    return Unit("prefill", nodes, pool, 0.0, rate, 0.0, ttft, "ttft")
-
-
-def mixed_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: StepOf) -> Unit | None:
-    """The most users of a unit that does both within the promise."""
-    dp = pool.grid.dp
-    room = min(pool.capacity(w.context), MOST_BATCH)
-    if room * dp < 1:
-        return None
-    alone = prefill_time(pool, c, w)
-    if alone[0] > slo.ttft:
-        return None
-
-    def at(users: float) -> Served:
-        return mixed(pool, c, replace(w, users=max(users, 1e-3)), steps=steps, alone=alone)
-
-    def ok(users: float) -> bool:
-        s = at(users)
-        return s.tpot_quantile(P90) <= slo.tpot and s.ttft_quantile(0.9) <= slo.ttft and s.load <= DESIGN_LOAD
-
-    users = largest(ok, room * dp)
-    if users < 1:
-        return None
-    s = at(users)
-    limit = _limit_of(s, users, room * dp, slo)
-    return Unit("mixed", nodes, pool, users, s.rate, s.tpot, s.ttft, limit)
-
-
-def _limit_of(s: Served, users: float, room: float, slo: Slo) -> str:
-    """What keeps a mixed unit from more users."""
-    if users > 0.99 * room:
-        return "kv memory"
-    if s.ttft_quantile(0.9) > 0.93 * slo.ttft:
-        return "ttft"
-    return "tpot" if s.tpot_quantile(P90) > 0.95 * slo.tpot else "prefill load"
+    units: Units
 
 
 def search(
@@ -244,126 +71,129 @@ def search(
     slo: Slo,
     can_draft: bool,
     loads: Setup = PLAIN,
-    families: tuple[str, ...] = ("boxes", "wide mixed", "cluster"),
+    families: tuple[str, ...] = FAMILIES,
 ) -> Found:
-    """The Pareto front of every family over all nodes of a fleet."""
-    c = steady(c)
-    decode: list[Unit] = []
-    prefill: list[Unit] = []
-    both: list[Unit] = []
-    n_memory = n_bound = n_pools = 0
-    best: dict[str, float] = {}
-    for nodes, grid in grids(f, fleet):
-        if memory(f, grid, fleet.device).tokens < w.context:
-            n_memory += 1
-            continue
-        for setup in setups(f, can_draft, loads):
-            pool = Pool(f, grid, fleet.device, setup, engine)
-            n_pools += 1
-            steps = Curve(step_of(pool, c, w.context), min(pool.capacity(w.context), MOST_BATCH))
-            if nodes == 1 or "wide mixed" in families:
-                unit = (
-                    None if _hopeless(pool, nodes, w, slo, best, "mixed") else mixed_unit(pool, nodes, c, w, slo, steps)
-                )
-                n_bound += unit is None
-                if unit:
-                    both.append(unit)
-                    best["mixed"] = max(best.get("mixed", 0.0), unit.users / nodes)
-            if "cluster" in families and f.n_moe:
-                if _hopeless(pool, nodes, w, slo, best, "decode"):
-                    n_bound += 1
-                elif (unit := decode_unit(pool, nodes, c, w, slo, steps)) is not None:
-                    decode.append(unit)
-                    best["decode"] = max(best.get("decode", 0.0), unit.users / nodes)
-                if setup.draft == 0 and (unit := prefill_unit(pool, nodes, c, w, slo)) is not None:
-                    prefill.append(unit)
-    layouts = [
+    """The Pareto front of every family over all nodes of one kind of servers."""
+    units = units_of(f, fleet, engine, c, w, slo, can_draft, loads, families)
+    layouts: list[Layout] = []
+    n_considered = 0
+    for only in (plain(units), units) if "pipeline" in families else (plain(units),):
+        some, n = combined(only, fleet.n, w)
+        n_considered = max(n_considered, n)
+        layouts += some if not layouts else [x for x in some if x.family == "pipeline"]
+    return Found(pareto(layouts), n_considered, units)
+
+
+def plain(units: Units) -> Units:
+    """Those without pipeline stages."""
+
+    def kept(some: tuple[Unit, ...]) -> tuple[Unit, ...]:
+        return tuple(u for u in some if u.grid.pp == 1)
+
+    return replace(units, prefill=kept(units.prefill), decode=kept(units.decode), mixed=kept(units.mixed))
+
+
+def combined(units: Units, nodes: int, w: Workload) -> tuple[list[Layout], int]:
+    """All layouts of units of one kind of servers that could be best, and how many there are."""
+    alone = [
         Layout(((u, k),), u.nodes * k, u.users * k, u.rate * k)
-        for u in _best_by_nodes(both, lambda u: u.users)
-        for k in range(1, int(fleet.n // u.nodes) + 1)
+        for u in best_by_nodes(units.mixed, lambda u: u.users)
+        for k in range(1, int(nodes // u.nodes) + 1)
     ]
-    n_considered = sum(int(fleet.n // u.nodes) for u in both)
     pairs, n = clusters(
-        _best_by_nodes(prefill, lambda u: u.rate), _best_by_nodes(decode, lambda u: u.users), fleet.n, w
+        best_by_nodes(units.prefill, lambda u: u.rate), best_by_nodes(units.decode, lambda u: u.users), nodes, w
     )
-    spread = max(1, len(prefill) // max(1, len({u.nodes for u in prefill}))) * max(
-        1, len(decode) // max(1, len({u.nodes for u in decode}))
-    )
-    return Found(pareto(layouts + pairs), n_considered + n * spread, n_pools, n_memory, n_bound)
+    more = n * _alike(units.prefill) * _alike(units.decode)
+    return alone + pairs, sum(int(nodes // u.nodes) for u in units.mixed) + more
 
 
-def _hopeless(pool: Pool, nodes: float, w: Workload, slo: Slo, best: dict[str, float], role: str) -> bool:
-    """True where even peak rates keep the promise for fewer users a node than a unit already found, by half."""
-    have = best.get(role)
-    if have is None:
-        return False
-    room = min(pool.capacity(w.context), MOST_BATCH)
-    if room * pool.grid.dp / nodes < 0.5 * have:
-        return True
-    batch = 0.5 * have * nodes / pool.grid.dp
-    step = decode_step(
-        pool.f, pool.grid, pool.device, peak_rates(), batch, w.context, replace(pool.setup, overlap=False, perfect=True)
-    )
-    return max(step.computing, step.sending) / (1 + pool.setup.draft) > slo.tpot
+def across(fleets: Iterable[tuple[Servers, Found]], w: Workload) -> tuple[tuple[Layout, ...], int]:
+    """The front of clusters whose prefill units are of one kind of servers and whose decode units are of another, and
+    how many were considered."""
+    out: list[Layout] = []
+    for (first, a), (second, b) in permutations(fleets, 2):
+        prefill = best_by_nodes(plain(a.units).prefill, lambda u: u.rate)
+        decode = best_by_nodes(plain(b.units).decode, lambda u: u.users)
+        out += crossed(prefill, first.n, decode, second.n, w)
+    return pareto(out), len(out)
 
 
-def _best_by_nodes(units: list[Unit], worth: object) -> list[Unit]:
+def _alike(units: tuple[Unit, ...]) -> int:
+    """Units for each number of nodes, of which the best stands for all."""
+    return max(1, len(units) // max(1, len({u.nodes for u in units})))
+
+
+def best_by_nodes(units: Iterable[Unit], worth: Callable[[Unit], float]) -> list[Unit]:
     """Of units with the same number of nodes, the best: any layout with another would be no better."""
     out: dict[float, Unit] = {}
     for u in units:
-        if u.nodes not in out or worth(u) > worth(out[u.nodes]):  # type: ignore[operator]
+        if u.nodes not in out or worth(u) > worth(out[u.nodes]):
             out[u.nodes] = u
     return list(out.values())
 
 
 def clusters(prefill: list[Unit], decode: list[Unit], nodes: int, w: Workload) -> tuple[list[Layout], int]:
-    """P prefill + D decode units that fit; prompts per second and users decoding both bind. Also how many there are."""
-    best: dict[float, Layout] = {}
+    """P prefill + D decode units that fit, the best for each number of nodes; also how many there are."""
+    best: dict[float, tuple[float, Unit, int, Unit, int]] = {}
     n = 0
     for d in decode:
         stay = w.n_out * d.tpot
         for n_d in range(1, int(nodes // d.nodes) + 1):
-            left = nodes - d.nodes * n_d
-            need = d.rate * n_d
+            used, need = d.nodes * n_d, d.rate * n_d
             for p in prefill:
-                most = int(left // p.nodes)
+                most = int((nodes - used) // p.nodes)
                 n += most
                 if not most:
                     continue
                 enough = ceil(need / p.rate - 1e-9)
                 for n_p in {min(most, enough), min(most, max(1, enough - 1))}:
-                    rate = min(need, p.rate * n_p)
-                    users = rate * (stay + p.ttft)
-                    used = d.nodes * n_d + p.nodes * n_p
-                    old = best.get(used)
-                    if old is None or users > old.users:
-                        best[used] = Layout(((p, n_p), (d, n_d)), used, users, rate)
-    return list(best.values()), n
+                    users = min(need, p.rate * n_p) * (stay + p.ttft)
+                    key = used + p.nodes * n_p
+                    if key not in best or users > best[key][0]:
+                        best[key] = users, p, n_p, d, n_d
+    return [joined(p, n_p, d, n_d, w.n_out * d.tpot) for _, p, n_p, d, n_d in best.values()], n
+
+
+def crossed(
+    prefill: list[Unit], prefill_nodes: int, decode: list[Unit], decode_nodes: int, w: Workload
+) -> list[Layout]:
+    """The same where the two kinds of units have nodes of their own: as many prefill units as the decode units need."""
+    out = []
+    for d in decode:
+        stay = w.n_out * d.tpot
+        for n_d in range(1, int(decode_nodes // d.nodes) + 1):
+            for p in prefill:
+                most = int(prefill_nodes // p.nodes)
+                if most:
+                    out.append(joined(p, min(most, ceil(d.rate * n_d / p.rate - 1e-9)), d, n_d, stay))
+    return out
+
+
+def joined(p: Unit, n_p: int, d: Unit, n_d: int, stay: float) -> Layout:
+    """Prompts per second and users decoding both bind."""
+    rate = min(d.rate * n_d, p.rate * n_p)
+    return Layout(((p, n_p), (d, n_d)), d.nodes * n_d + p.nodes * n_p, rate * (stay + p.ttft), rate)
 
 
 def pareto(layouts: list[Layout]) -> tuple[Layout, ...]:
-    """For each family, the layouts that no other with as few nodes outdoes in users."""
+    """For each family, the layouts that none as cheap outdoes in users."""
     out: list[Layout] = []
-    for family in ("boxes", "wide mixed", "cluster"):
+    for family in FAMILIES:
         most = 0.0
-        for one in sorted((x for x in layouts if x.family == family), key=lambda x: (x.nodes, -x.users)):
+        for one in sorted((x for x in layouts if x.family == family), key=lambda x: (x.hourly, -x.users)):
             if one.users > most * 1.0001:
                 out.append(one)
                 most = one.users
     return tuple(out)
 
 
-def cheapest(found: Found, users: float, family: str | None = None) -> Layout | None:
-    """Fewest nodes that serve so many users, or None."""
-    fit = [x for x in found.layouts if x.users >= users and family in (None, x.family)]
-    return min(fit, key=lambda x: (x.nodes, -x.users), default=None)
+def cheapest(layouts: Iterable[Layout], users: float, family: str | None = None) -> Layout | None:
+    """The cheapest that serves so many users, or None."""
+    fit = [x for x in layouts if x.users >= users and family in (None, x.family)]
+    return min(fit, key=lambda x: (x.hourly, -x.users), default=None)
 
 
-def strongest(found: Found, family: str | None = None) -> Layout | None:
+def strongest(layouts: Iterable[Layout], family: str | None = None) -> Layout | None:
     """Most users."""
-    fit = [x for x in found.layouts if family in (None, x.family)]
-    return max(fit, key=lambda x: (x.users, -x.nodes), default=None)
-
-
-def device_of(layout: Layout) -> Device:
-    return layout.units[0][0].pool.device
+    fit = [x for x in layouts if family in (None, x.family)]
+    return max(fit, key=lambda x: (x.users, -x.hourly), default=None)

@@ -67,6 +67,11 @@ class Pool:
     def replicas(self) -> int:
         return self.n_units * self.grid.dp
 
+    @property
+    def in_step(self) -> bool:
+        """Its replicas meet in every layer with experts, so they wait for each other."""
+        return self.grid.dp > 1 and self.f.n_moe > 0
+
     def capacity(self, context: float) -> float:
         """Requests that the caches of one replica hold."""
         return memory(self.f, self.grid, self.device, drafts=self.setup.draft).tokens / context
@@ -98,14 +103,17 @@ class Served:
     stalls: float = 0.0
     """Standard deviation over mean of a request's time per token by the prefills it meets: n of them on average take
     the share `load` of the time, so load / sqrt(n)."""
+    gate: float = 0.0
+    """Of ttft: where replicas step together, a prompt waits for the step that runs when it comes: evenly between
+    nothing and twice this."""
 
     def tpot_quantile(self, z: float) -> float:
         """Time per token `z` standard deviations above its mean: lengths and stalls vary."""
         return self.tpot * (1 + z * hypot(LENGTHS, self.stalls))
 
     def ttft_quantile(self, p: float) -> float:
-        """With P(wait > t) = load x exp(-t x load / mean wait), as in queues with random arrivals."""
-        base = self.ttft - self.wait
+        """With P(wait > t) = load x exp(-t x load / mean wait), as in queues with random arrivals, behind the gate."""
+        base = self.ttft - self.wait + (2 * p - 1) * self.gate
         if self.load <= 1 - p or not self.wait:
             return base
         return base + self.wait / self.load * log(self.load / (1 - p))
@@ -121,11 +129,28 @@ def accept_of(setup: Setup, rates: Rates) -> float:
 
 
 def prefill_time(pool: Pool, c: Calibration, w: Workload) -> tuple[float, Step]:
-    """Seconds in which a replica computes one prompt, alone; long ones in chunks."""
+    """Seconds in which a replica computes one prompt, alone; long ones in chunks, which pipeline stages share."""
     chunks = max(1, -(-int(w.computed) // CHUNK))
     before = w.n_in - w.computed
     step = prefill_step(pool.f, pool.grid, pool.device, c.rates, w.computed / chunks, w.computed, before, pool.setup)
-    return step.seconds * chunks * pool.factor(c, "prefill"), step
+    stages = pool.grid.pp
+    return step.seconds * (chunks + stages - 1) / stages * pool.factor(c, "prefill"), step
+
+
+def gathering(pool: Pool, c: Calibration) -> float:
+    """How much later the first token comes where replicas step together."""
+    return c.rates.gather if pool.in_step else 1.0
+
+
+def gated(base: float, pool: Pool, c: Calibration) -> float:
+    """Of a time to first token without its queue, the wait for the step that runs."""
+    return base * (1 - 1 / max(1.0, gathering(pool, c)))
+
+
+def occupied(pool: Pool, alone: float, w: Workload) -> float:
+    """Of `alone` (one prompt's time), what each pipeline stage is busy with it; then the next prompt may follow."""
+    chunks = max(1, -(-int(w.computed) // CHUNK))
+    return alone * chunks / (chunks + pool.grid.pp - 1)
 
 
 StepOf = Callable[[float], Step]
@@ -153,19 +178,20 @@ def mixed(
     each = w.users / pool.replicas
     room = max(1e-3, at_least, pool.capacity(w.context))
     pre, pre_step = alone or prefill_time(pool, c, w)
+    busy = occupied(pool, pre, w)
     per = tokens_per_step(pool.setup.draft, accept_of(pool.setup, r))
-    stagger = r.stagger if pool.grid.dp > 1 else 1.0
+    stagger = r.stagger if pool.in_step else 1.0
     running = min(each, room)
     factor = pool.factor(c, "decode")
-    late = c.ttft_factor(pool.engine, pool.device.name, apart=False) * (r.gather if pool.grid.dp > 1 else 1.0)
+    late = c.ttft_factor(pool.engine, pool.device.name, apart=False) * gathering(pool, c)
     tpot, ttft, wait, load = 0.0, 0.0, 0.0, 0.0
     for i in range(ROUNDS):
         step = steps(running)
-        stalls = r.mixing * stagger * running / w.n_out * pre
+        stalls = r.mixing * stagger * running / w.n_out * busy
         tpot = step.seconds * factor / per + stalls
         base = r.ttft_ms * 1e-3 + r.alone * pre * stagger + step.seconds * factor / 2
         load = min(0.98, stalls / tpot) if tpot else 0.0
-        wait = r.waiting * load / (2 * (1 - load)) * pre + r.burst * running * pre * stagger
+        wait = r.waiting * load / (2 * (1 - load)) * busy + r.burst * running * busy * stagger
         if each > room:  # the rest waits for a place in the cache
             wait += (each - room) / room * w.n_out * tpot / late
         wait *= late
@@ -176,7 +202,8 @@ def mixed(
     limit = "kv memory" if each > room else "users"
     rate = pool.replicas * running / (w.n_out * tpot)
     stalls = load / sqrt(max(1.0, running))
-    return Served(tpot, ttft, wait, load, running, running * pool.replicas, rate, limit, step, pre_step, stalls)
+    gate = gated(ttft - wait, pool, c)
+    return Served(tpot, ttft, wait, load, running, running * pool.replicas, rate, limit, step, pre_step, stalls, gate)
 
 
 def disaggregated(
@@ -186,14 +213,15 @@ def disaggregated(
     `hand_over`: bytes/s of one transfer; None: the NIC's."""
     r = c.rates
     pre, pre_step = prefill_time(prefill, c, w)
+    busy = occupied(prefill, pre, w)
     servers = float(prefill.replicas)
-    full = servers / pre  # prompts per second
+    full = servers / busy  # prompts per second
     room = max(1e-3, cap or decode.capacity(w.context))
     per = tokens_per_step(decode.setup.draft, accept_of(decode.setup, r))
     link = hand_over or min(prefill.device.nic, decode.device.nic) * r.out
     send = r.transfer * w.n_in * decode.f.kv_bytes / link / prefill.grid.tp
-    late = c.ttft_factor(prefill.engine, prefill.device.name, apart=True)
-    base = (r.ttft_ms * 1e-3 + r.alone * pre + send) * late
+    late = c.ttft_factor(prefill.engine, prefill.device.name, apart=True) * gathering(prefill, c)
+    base = (r.ttft_ms * 1e-3 + r.alone_apart * pre + send) * late
     factor = decode.factor(c, "decode")
     running = min(w.users / decode.replicas, room)
     ttft = base
@@ -203,14 +231,17 @@ def disaggregated(
         stay = w.n_out * tpot
         rate = min(w.users / (ttft + stay), full, room * decode.replicas / stay)
         load = min(0.98, rate / full)
-        queue = r.waiting * pre / servers * load / (2 * (1 - load)) + r.burst * w.users * pre / servers
+        queue = r.waiting * busy / servers * load / (2 * (1 - load)) + r.burst * w.users * busy / servers
         excess = w.users / min(full, room * decode.replicas / stay) - stay - base
         wait = max(queue, excess)
         ttft = base + wait
         new = min(room, rate * stay / decode.replicas)
         running = max(1e-6, new if i == 0 else (running + new) / 2)
     limit = "prefill" if w.users / (base + stay) > full else "kv memory" if running >= room * 0.999 else "users"
-    return Served(tpot, ttft, wait, load, running, running * decode.replicas, rate, limit, step, pre_step)
+    gate = gated(base, prefill, c)
+    return Served(
+        tpot, ttft, wait, load, running, running * decode.replicas, rate, limit, step, pre_step, gate=gate
+    )  # fmt: skip
 
 
 class Curve:

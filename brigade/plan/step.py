@@ -1,15 +1,19 @@
 """Seconds of one step of one unit: the ops of spec/work.py over the device's peaks times the calibrated rates.
 
-computing   max(FLOPs / (peak x share x (peak / reference)^-falloff), bytes / (memory x share))
+computing   max(FLOPs / (peak x share x (BF16 peak / reference)^-falloff), bytes / (memory x share))
 sending     wire bytes / (link x share) + calls x latency; what goes over both links at once takes the longer
+            core attention, whose products and reads take about as long: the root of the sum of their squares
 imbalance   multiplies experts, dispatch and combine: the step waits for the busiest rank (balance.py)
 serial      computing + sending + host
 overlap     two micro-batches: max(computing, sending) + hidden x min(...) + host, each reading the weights again
+pipeline    a pass goes through all stages: the step of one stage's accelerators with all layers, and the hops between.
+            Decoding requests go round in `pp` groups, so a group has requests / pp
 step        times the factor of engine x hardware x phase
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import hypot
 from typing import NamedTuple
 
 from brigade.plan.balance import LoadStatistics, counted, imbalance, left_after_placing
@@ -19,8 +23,8 @@ from brigade.spec.work import Facts, Grid, Op, decode_ops, prefill_ops
 
 LENT = 20 / 132
 """Share of the processors that normal dispatch kernels hold while they run beside computing (DeepSeek-V3, 3.2.2)."""
-REFERENCE = 1979e12
-"""FP8 peak of the device whose shares `Rates` are."""
+REFERENCE = 989e12
+"""BF16 peak of the device whose shares `Rates` are. It stands for a device's size: not all have an FP8 unit."""
 EVEN = LoadStatistics(spread=0.0, drift=0.0)
 SAMPLED = LoadStatistics()
 
@@ -104,6 +108,10 @@ def decode_step(
     launch.
     """
     per = 1 + setup.draft
+    if grid.pp > 1:
+        group = max(requests / grid.pp, min(requests, 1.0))
+        one = decode_step(f, stage_of(grid), device, rates, group, context, setup)
+        return _piped(one, grid, group * per, f, device, rates)
     phi = _phi(f, grid, requests * per, requests, rates, setup)
     ops = decode_ops(f, grid, requests, context, per)
     draft = Drafting(setup.draft, 1.5 * setup.draft / f.n_layers)
@@ -128,6 +136,9 @@ def prefill_step(
     setup: Setup = PLAIN,
 ) -> Step:
     """One prefill step: `tokens` computed on each attention replica, in prompts of `length` after `before` cached."""
+    if grid.pp > 1:
+        one = prefill_step(f, stage_of(grid), device, rates, tokens, length, before, setup)
+        return _piped(one, grid, tokens, f, device, rates)
     phi = _phi(f, grid, tokens, tokens / length, rates, setup)
     launch = rates.chunk_us * 1e-6 * f.n_layers
     if not setup.overlap:
@@ -139,16 +150,30 @@ def prefill_step(
     return _overlapped(_serial(half, grid, lent, rates, phi, NO_DRAFT, launch / 2, True), rates)
 
 
+def stage_of(grid: Grid) -> Grid:
+    """One pipeline stage's accelerators, as if they had all layers."""
+    return replace(grid, n_gpus=grid.stage, pp=1)
+
+
+def _piped(one: Step, grid: Grid, tokens: float, f: Facts, device: Device, rates: Rates) -> Step:
+    """A pass through all stages: `one` and the activations' hops from stage to stage over NICs."""
+    n = grid.pp - 1
+    wire = n * tokens * f.dim * 2 / grid.tp
+    seconds = wire / (device.nic * rates.out) + n * rates.exchange_us * 1e-6
+    hop = Term("stages", seconds, "scale-out", Op("stages", 0, 0, wire, "scale-out", "bf16", n))
+    return one._replace(seconds=one.seconds + seconds, sending=one.sending + seconds, terms=(*one.terms, hop))
+
+
 def _phi(f: Facts, grid: Grid, tokens: float, requests: float, rates: Rates, setup: Setup) -> float:
     if setup.perfect or not f.n_moe:
         return 1.0
     n_slots = f.n_experts + grid.redundant
     if setup.loads.counts and len(setup.loads.counts[0]) == f.n_experts:
-        phi = counted(setup.loads.counts, grid.ep, 1, n_slots, setup.balanced)
-        return phi + imbalance(grid.ep, 1.0, tokens * grid.dp * f.top_k / grid.ep, EVEN, 0.0, True) - 1
+        phi = counted(setup.loads.counts, grid.routed, 1, n_slots, setup.balanced)
+        return phi + imbalance(grid.routed, 1.0, tokens * grid.dp * f.top_k / grid.routed, EVEN, 0.0, True) - 1
     left = left_after_placing(rates.drift, rates.taste, requests * grid.dp)
-    rows = tokens * grid.dp * f.top_k / grid.ep
-    return imbalance(grid.ep, n_slots / grid.ep, rows, setup.loads, left, setup.balanced, grid.redundant > 0)
+    rows = tokens * grid.dp * f.top_k / grid.routed
+    return imbalance(grid.routed, n_slots / grid.routed, rows, setup.loads, left, setup.balanced, grid.redundant > 0)
 
 
 def _serial(
@@ -181,7 +206,7 @@ def _serial(
             memory = on.hbm_rate * rates.host_memory
         else:
             memory = on.hbm_rate * (rates.memory if op.balanced else rates.stream)
-        products = op.flops / (on.rate(op.precision) * share * (on.fp8 / REFERENCE) ** -rates.falloff)
+        products = op.flops / (on.rate(op.precision) * share * (on.bf16 / REFERENCE) ** -rates.falloff)
         if not op.balanced:
             products *= 1 + rates.tile / op.rows
         if op.name == "small kernels":
@@ -190,6 +215,8 @@ def _serial(
         else:
             reads = op.n_bytes / memory
             seconds, bound = (products, "compute") if products > reads else (reads, "memory")
+            if op.name == "core attention":  # near the ridge a kernel hides neither behind the other
+                seconds = hypot(products, reads)
         if not op.balanced:
             seconds = max(products * phi, reads)
         seconds *= 1 + (draft.passes if op.name == "head" else draft.layers)
@@ -206,9 +233,13 @@ def _send(op: Op, device: Device, rates: Rates, phi: float, grid: Grid) -> Term:
     exchanged = grid.dp > 1 and not op.balanced
     near = rates.fan if exchanged else rates.up
     wire = op.wire / (device.scale_up * near if op.link == "scale-up" else device.nic * rates.out)
-    latency = op.calls * (rates.exchange_us if exchanged else rates.reduce_us) * 1e-6
+    latency = op.calls * (_exchange_us(grid, rates) if exchanged else rates.reduce_us) * 1e-6
     wire *= 1 + (phi - 1) * min(1.0, rates.felt) if exchanged else 1.0
     return Term(op.name, wire + latency, op.link if wire > latency else "latency", op)
+
+
+def _exchange_us(grid: Grid, rates: Rates) -> float:
+    return rates.near_us if grid.stage <= grid.per_node else rates.exchange_us
 
 
 def _overlapped(half: Step, rates: Rates) -> Step:

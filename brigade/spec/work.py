@@ -92,7 +92,7 @@ class Op(NamedTuple):
 class Grid:
     """How the accelerators of one unit share a model: `tp` to each attention replica, experts over `ep`.
 
-    n_gpus = tp x dp = ep x moe_tp. Raises ValueError where they do not divide.
+    n_gpus = pp x stage, stage = tp x dp = ep x moe_tp. Raises ValueError where they do not divide.
     """
 
     n_gpus: int
@@ -102,24 +102,45 @@ class Grid:
     ep: int = 1
     redundant: int = 0
     """Copies of busy experts beyond the model's own, over all ranks."""
+    shared_ranks: int = 0
+    """Ranks that hold nothing but the shared expert, for all others (CloudMatrix384: 32 of 320); 0: every rank holds
+    it beside its routed ones."""
+    pp: int = 1
+    """Pipeline stages, each with its share of the layers on accelerators of its own."""
 
     def __post_init__(self) -> None:
-        if min(self.n_gpus, self.per_node, self.tp, self.ep) < 1 or self.redundant < 0:
+        if min(self.n_gpus, self.per_node, self.tp, self.ep, self.pp) < 1 or self.redundant < 0:
             raise ValueError("a grid needs at least one of everything")
-        if self.n_gpus % self.tp or self.n_gpus % self.ep:
-            raise ValueError(f"tp {self.tp} and ep {self.ep} must divide {self.n_gpus} accelerators")
+        if self.n_gpus % self.pp:
+            raise ValueError(f"pp {self.pp} must divide {self.n_gpus} accelerators")
+        if not 0 <= self.shared_ranks < self.ep:
+            raise ValueError(f"shared_ranks must be from 0 to below ep {self.ep}, not {self.shared_ranks}")
+        if self.stage % self.tp or self.stage % self.ep:
+            raise ValueError(f"tp {self.tp} and ep {self.ep} must divide {self.stage} accelerators")
+
+    @property
+    def stage(self) -> int:
+        """Accelerators of one pipeline stage."""
+        return self.n_gpus // self.pp
 
     @property
     def dp(self) -> int:
-        return self.n_gpus // self.tp
+        """Attention replicas."""
+        return self.stage // self.tp
+
+    @property
+    def routed(self) -> int:
+        """Ranks, or groups of `moe_tp` ranks, that hold routed experts."""
+        return self.ep - self.shared_ranks
 
     @property
     def moe_tp(self) -> int:
-        return self.n_gpus // self.ep
+        return self.stage // self.ep
 
     @property
     def nodes(self) -> float:
-        return max(1.0, self.n_gpus / self.per_node)
+        """Of one pipeline stage."""
+        return max(1.0, self.stage / self.per_node)
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,11 +299,6 @@ def remote_nodes(f: Facts, nodes: float) -> float:
     return nodes_reached(f, nodes) * (nodes - 1) / nodes if nodes > 1 else 0.0
 
 
-def remote_rows(f: Facts, grid: Grid) -> float:
-    """Copies that cross to other nodes when every chosen expert gets one (DeepEP's low-latency kernels)."""
-    return f.top_k * (1 - 1 / grid.nodes)
-
-
 def weights_touched(f: Facts, experts_per_rank: float, tp: int = 1) -> float:
     """Bytes of weights that a step reads on a rank with so many routed experts, all of them in use; W(x)."""
     return (
@@ -345,16 +361,17 @@ def _step(f: Facts, grid: Grid, tokens: float, core: Op, head_rows: float, direc
         Op("host", calls=1),
     ]
     if f.n_moe:
-        slots = (f.n_experts + grid.redundant) / grid.ep
-        mine = everyone * f.top_k / grid.ep
+        slots = (f.n_experts + grid.redundant) / grid.routed
+        mine = everyone * f.top_k / grid.routed
+        shared = 0.0 if grid.shared_ranks else f.shared / tp
         one = f.expert / grid.moe_tp
         read = min(slots, mine, slots * share_touched(f, everyone) + 0.0) * f.expert_bytes / grid.moe_tp
         ops += [
             Op("gate", 2 * f.gate * tokens, f.gate_bytes, 0, "", p.gate, f.n_moe),
             Op("experts", 2 * one * mine * f.n_moe, read * f.n_moe, 0, "", p.experts, f.n_moe, False,
                max(1.0, mine / slots)),
-            Op("shared expert", 2 * f.shared / tp * tokens * f.n_moe, f.shared_bytes / tp * f.n_moe, 0, "",
-               p.linear, f.n_moe if f.shared else 0),
+            Op("shared expert", 2 * shared * tokens * f.n_moe, shared and f.shared_bytes / tp * f.n_moe, 0, "",
+               p.linear, f.n_moe if shared else 0),
         ]  # fmt: skip
     return (*ops, *_wires(f, grid, tokens, direct))
 
@@ -380,8 +397,9 @@ def _wires(f: Facts, grid: Grid, tokens: float, direct: bool) -> list[Op]:
         for name in "dispatch", "combine":
             out.append(Op(name, 0, 0, f.n_moe * mine * others * f.dim * 2, where, "bf16", f.n_moe))
         return out
-    far = remote_rows(f, grid) if direct else remote_nodes(f, nodes)
-    ranks = f.top_k * (1 - 1 / grid.ep) if direct else ranks_reached(f, grid) * (1 - 1 / grid.ep)
+    copies = f.top_k + (1 if grid.shared_ranks else 0)
+    far = copies * (1 - 1 / nodes) if direct else remote_nodes(f, nodes)
+    ranks = copies * (1 - 1 / grid.ep) if direct else ranks_reached(f, grid) * (1 - 1 / grid.ep)
     near = max(0.0, ranks - far) if direct else ranks
     for name, row in ("dispatch", f.dispatch_row), ("combine", f.combine_row):
         n_bytes = f.n_moe * mine * row

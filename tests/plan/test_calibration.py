@@ -6,8 +6,9 @@ from importlib import resources
 import pytest
 
 from brigade.plan.calibrate import quantile, shrunk
+from brigade.plan.case import BadPoints
 from brigade.plan.fit import cholesky_solve, problem, residual, solve_step
-from brigade.plan.points import BadPoints, cases_of, shipped_points, shipped_rows
+from brigade.plan.points import cases_of, shipped_points, shipped_rows
 from brigade.plan.rates import PRIOR_SD, shipped
 from brigade.plan.reproduce import fleet, ratios
 
