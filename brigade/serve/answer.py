@@ -82,9 +82,14 @@ class Answer:
 
     @classmethod
     async def start(
-        cls, engine: "Fleet", prompts: Sequence[list[int]], params: Sequence[SamplingParams], salt: str
+        cls,
+        engine: "Fleet",
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        salt: str,
+        priority: int = 0,
     ) -> "Answer":
-        """Submit `params.choices()` for each prompt. Raises what Engine.submit raises, leaving nothing running."""
+        """Submit `params.choices()` for each prompt. Raises what Fleet.submit raises, leaving nothing running."""
         generations: list[Generation] = []
         n_choices, room = sum(p.n for p in params), engine.config.max_running + engine.config.max_waiting
         if n_choices > room:
@@ -92,7 +97,7 @@ class Answer:
         try:
             for prompt, wanted in zip(prompts, params, strict=True):
                 for each in wanted.choices():
-                    generations.append(await engine.submit(prompt, each, salt))
+                    generations.append(await engine.submit(prompt, each, salt, priority))
         except BaseException:
             for generation in generations:
                 generation.cancel()

@@ -163,7 +163,7 @@ class Routes:
     async def _start(
         self, request: Request, asked: GenerationRequest, prompts: list[list[int]], params: list[SamplingParams]
     ) -> Answer:
-        starting = Answer.start(self._engine, prompts, params, asked.cache_salt or "")
+        starting = Answer.start(self._engine, prompts, params, asked.cache_salt or "", asked.priority or 0)
         return await while_wanted(starting, request.receive, self._life)
 
     async def _reply(self, request: Request, asked: GenerationRequest, answer: Answer, form: Format) -> Response:

@@ -15,6 +15,7 @@ from brigade.spec.sampling import MAX_N
 MAX_MESSAGES = 2048
 MAX_SMALL_OBJECT = 1024
 """Entries of logit_bias, metadata and the like: checked before anything is done for each entry."""
+MAX_PRIORITY = (1 << 31) - 1
 RESERVED_TEMPLATE_NAMES = frozenset(
     "messages tools documents add_generation_prompt bos_token eos_token unk_token pad_token".split()  # noqa: SIM905
 )
@@ -109,6 +110,8 @@ class GenerationRequest(Request):
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """Requests share cached prompts only with requests that have the same salt."""
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    """Lower values go first, as in vLLM; 0 where it is not given. It never changes the answer."""
 
     # Without effect on the answer.
     user: str | None = None

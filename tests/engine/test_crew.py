@@ -123,11 +123,16 @@ async def test_the_last_unit_that_decodes_is_drained_only_by_force(fleet: Fleet)
     assert fleet.crew.drain("decode-0", force=True).state == "drained"
     assert not fleet.health().ready
     assert "no decode unit" in fleet.health().reason
-    answer = asyncio.create_task(ask_all(fleet, PROMPTS[:1], GREEDY))
+    answers = [asyncio.create_task(fleet.submit(PROMPTS[0], GREEDY, priority=p)) for p in (1, 0, -1, 0)]
     await asyncio.sleep(0.1)
-    assert fleet.states()["queued"] == 1
+    assert fleet.states()["queued"] == 4
     fleet.crew.undrain("decode-0")
-    assert await asyncio.wait_for(answer, 10)
+    order: list[int] = []
+    for i, answer in enumerate(answers):
+        answer.add_done_callback(lambda _, i=i: order.append(i))  # type: ignore[misc]
+    generations = await asyncio.wait_for(asyncio.gather(*answers), 10)
+    assert order == [2, 1, 3, 0], "the most urgent one first, then as they came"
+    assert len({tuple(await said(g)) for g in generations}) == 1
     fleet.crew.undrain("mixed-0")
 
 

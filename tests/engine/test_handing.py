@@ -111,6 +111,16 @@ def test_an_adopt_that_is_told_twice_is_done_once(decode: Side, memory: Memory) 
     assert [r.rid for r in decode.scheduler.running] == [1]
 
 
+def test_pages_are_reserved_for_the_most_urgent_requests_first(decode: Side) -> None:
+    for rid, priority in (1, 0), (2, 5), (3, -2), (4, 0):
+        decode.handing.take(Reserve(rid, list(range(10 * rid, 10 * rid + 5)), 5, PARAMS, priority=priority))
+    decode.handing.turn()
+    assert [m.rid for m in decode.sent] == [3, 1], "three pages each, of eight"
+    decode.handing.drop(3)
+    decode.handing.turn()
+    assert [m.rid for m in decode.sent] == [3, 1, 4]
+
+
 def test_pages_of_a_dropped_request_come_back_when_nothing_is_written_any_more(decode: Side, memory: Memory) -> None:
     decode.handing.take(reserve(1))
     decode.turns(Reserved)

@@ -217,6 +217,13 @@ def test_when_pages_run_out_everything_is_still_told_once(depth: int) -> None:
     assert run.nothing_is_left()
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_more_urgent_request_is_run_before_those_that_came_first(depth: int) -> None:
+    adds = [Add(rid, [rid], SamplingParams(max_tokens=2, ignore_eos=True), priority=p) for rid, p in ((1, 1), (2, 0))]
+    run = Run({0: adds}, depth, max_running=1)
+    assert [s.rid for plan in run.worker.ran for s in plan.slices] == [2, 2, 1, 1]
+
+
 @both_depths
 def test_cached_prompt_tokens_are_told(depth: int) -> None:
     again = Add(2, add(1, n_prompt=9).prompt, SamplingParams(max_tokens=2))

@@ -99,6 +99,7 @@ class FakeEngine:
         self.state = Health(True, "ok")
         self.submitted: list[FakeGeneration] = []
         self.salts: list[str] = []
+        self.priorities: list[int] = []
         self.running: set[FakeGeneration] = set()
         self.draining = False
 
@@ -116,7 +117,9 @@ class FakeEngine:
             raise self.loads
         return self.loads
 
-    async def submit(self, prompt: list[int], params: SamplingParams, salt: str = "") -> FakeGeneration:
+    async def submit(
+        self, prompt: list[int], params: SamplingParams, salt: str = "", priority: int = 0
+    ) -> FakeGeneration:
         params.check(self.spec.vocab)
         if self.hangs_on_submit:
             self.n_hanging += 1
@@ -134,6 +137,7 @@ class FakeEngine:
         generation = FakeGeneration(self, prompt, params)
         self.submitted.append(generation)
         self.salts.append(salt)
+        self.priorities.append(priority)
         self.running.add(generation)
         return generation
 

@@ -83,6 +83,7 @@ async def test_every_parameter_reaches_the_engine(client: httpx.AsyncClient, eng
         "stop_token_ids": [4, 5],
         "ignore_eos": True,
         "cache_salt": "tenant",
+        "priority": -7,
     }
     response = await client.post("/v1/chat/completions", json={**CHAT, **asked})
 
@@ -97,6 +98,7 @@ async def test_every_parameter_reaches_the_engine(client: httpx.AsyncClient, eng
     assert params.stop_token_ids == (4, 5)
     assert params.ignore_eos
     assert engine.salts == ["tenant"]
+    assert engine.priorities == [-7]
 
 
 async def test_what_the_client_leaves_open_comes_from_the_checkpoint(engine: FakeEngine) -> None:
