@@ -26,7 +26,7 @@ from brigade.cli.units import parse_size
 from brigade.engine.config import DEMO_MODEL, JOIN_PORT, Dtype, EngineConfig, HostsConfig, Weights, Wire
 from brigade.engine.fleet_config import FleetConfig
 from brigade.serve.config import ConfigError, ServeConfig
-from brigade.spec.layout import Host, Layout
+from brigade.spec.layout import Host, Layout, cut_off
 
 if TYPE_CHECKING:
     from brigade.engine.messages import Loading
@@ -118,6 +118,8 @@ def serve(
     several = parse_hosts(hosts, secret_file, join_port) if hosts else None
     if several is None and (secret_file or join_port != JOIN_PORT):
         raise Fault("--secret-file and --join-port are for several hosts; name them with --hosts", 2)
+    if several and ranks not in (_ENGINE.ranks, several.layouts[0].n_ranks):
+        raise Fault(f"--ranks is {ranks}, but --hosts names {several.layouts[0].n_ranks} in all; leave --ranks out", 2)
     try:
         engine = EngineConfig(
             model=model or str(DEMO_MODEL),
@@ -131,7 +133,7 @@ def serve(
             depth=depth,
             redundant_experts=redundant_experts,
             rebalance=rebalance,
-            ranks=several.layouts[0].n_ranks if several and ranks == _ENGINE.ranks else ranks,
+            ranks=several.layouts[0].n_ranks if several else ranks,
             wire=cast(Wire, wire),
             micro_batches=micro_batches,
             threads=threads,
@@ -184,9 +186,13 @@ def parse_hosts(hosts: str, secret_file: str, port: int) -> HostsConfig:
         raise Fault(f"--hosts: '{hosts}' must be like 10.0.0.1=4,10.0.0.2=4", 2)
     try:
         layout = Layout(tuple(Host(address.strip(), int(n)) for address, _, n in named))
-        return HostsConfig(layouts=(layout,), secret=read_secret(secret_file), port=port)
+        several = HostsConfig(layouts=(layout,), secret=read_secret(secret_file), port=port)
     except ValueError as e:
         raise Fault(f"--hosts: {e}", 2) from e
+    for address in several.others:
+        if why := cut_off(several.here, address):
+            raise Fault(f"--hosts: {why}", 2)
+    return several
 
 
 def _kv_bytes(kv_memory: str) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from brigade.spec.layout import Host, Layout, Role, is_loopback
+from brigade.spec.layout import Host, Layout, Role, cut_off, is_loopback
 from brigade.spec.sizes import parse_size
 
 T = TypeVar("T")
@@ -299,9 +299,7 @@ def _check_guards(d: Deployment, source: _Source) -> None:
     for i, units in enumerate(d.units):
         at: Path = ("units", i, "hosts") if "hosts" in units.given else ("units", i)
         for address in units.hosts:
-            if is_loopback(address) != is_loopback(d.head):
-                here, there = (address, d.head) if is_loopback(address) else (d.head, address)
-                text = f"{here} is this machine only, and {there} cannot reach it; give all hosts addresses"
+            if text := cut_off(address, d.head):
                 raise source.fault(at, text)
             if address != d.head and d.secret_file is None:
                 text = "hosts know each other by a secret; write one into a file and name it in 'secret_file'"

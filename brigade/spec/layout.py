@@ -89,3 +89,11 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return address == "localhost"
+
+
+def cut_off(a: str, b: str) -> str:
+    """Why one of two hosts cannot reach the other, where their addresses tell; empty: they may."""
+    if is_loopback(a) == is_loopback(b):
+        return ""
+    here, there = (a, b) if is_loopback(a) else (b, a)
+    return f"{here} is this machine only, and {there} cannot reach it; give all hosts addresses"

@@ -118,3 +118,22 @@ def test_a_model_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path) -> Non
     assert "config.json" in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("brigade: ")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--ranks", "5", "--hosts", "127.0.0.1=1,127.0.0.2=1"), "--ranks is 5, but --hosts names 2 in all; leave"),
+        (("--hosts", "127.0.0.1=1,10.0.0.2=1"), "--hosts: 127.0.0.1 is this machine only, and 10.0.0.2 cannot reach"),
+        (("--hosts", "10.0.0.2=1,localhost=1"), "--hosts: localhost is this machine only, and 10.0.0.2 cannot reach"),
+    ],
+)
+def test_hosts_that_cannot_work_are_refused_before_anything_is_loaded(
+    args: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef")
+    secret.chmod(0o600)
+    code, out, err = invoke("serve", *args, "--secret-file", str(secret))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"brigade: {message}")
