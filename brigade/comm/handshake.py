@@ -27,6 +27,8 @@ MIN_SECRET = 16
 _MAGIC = b"BRIGADE\0"
 _HELLO = struct.Struct("!8sHHHI32s32s")
 WELCOME = b"\x01"
+PROOF_SIZE = 32
+"""Bytes of an HMAC-SHA256."""
 
 
 class Refused(ConnectionError):
@@ -85,7 +87,7 @@ def calling(mine: Hello, secret: bytes) -> Steps:
     sent = mine.pack()
     got = yield sent, _HELLO.size
     theirs = Hello.unpack(got)
-    _check_proof((yield b"", 32), _proof(secret, b"answer", sent, got))
+    _check_proof((yield b"", PROOF_SIZE), _proof(secret, b"answer", sent, got))
     yield _proof(secret, b"call", sent, got), 0
     _check_same(mine, theirs)
     yield b"", len(WELCOME)
@@ -97,7 +99,7 @@ def answering(mine: Hello, secret: bytes) -> Steps:
     got = yield b"", _HELLO.size
     theirs = Hello.unpack(got)
     sent = mine.pack()
-    proof = yield sent + _proof(secret, b"answer", got, sent), 32
+    proof = yield sent + _proof(secret, b"answer", got, sent), PROOF_SIZE
     _check_proof(proof, _proof(secret, b"call", got, sent))
     _check_same(mine, theirs)
     return theirs

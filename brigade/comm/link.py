@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from brigade.comm.channel import ChannelBroken, Inbox, frame
-from brigade.comm.handshake import MIN_SECRET, WELCOME, Differs, Hello, Steps, answering, calling
+from brigade.comm.handshake import MIN_SECRET, PROOF_SIZE, WELCOME, Differs, Hello, Steps, answering, calling
 from brigade.comm.meeting import Address, listen
 
 log = logging.getLogger("brigade.link")
@@ -231,6 +231,7 @@ async def _shake(steps: Steps, reader: asyncio.StreamReader, writer: asyncio.Str
     """Run one side of a handshake. Raises Refused, OSError, and TimeoutError (an OSError) after two seconds."""
     if (sock := writer.get_extra_info("socket")) is not None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    n = 0
     try:
         async with asyncio.timeout(HANDSHAKE_S):
             data, n = next(steps)
@@ -241,6 +242,10 @@ async def _shake(steps: Steps, reader: asyncio.StreamReader, writer: asyncio.Str
     except StopIteration:
         return
     except asyncio.IncompleteReadError:
+        if n == PROOF_SIZE:  # it has seen our proof by now, which is wrong to whoever has another secret
+            raise ConnectionError(
+                "it left without a proof that it knows the secret; does it have the same one?"
+            ) from None
         raise ConnectionError("it closed the connection within the handshake") from None
     except TimeoutError:
         raise TimeoutError(f"it was silent for {HANDSHAKE_S:g} s within the handshake") from None

@@ -96,7 +96,9 @@ async def test_clocks_that_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     await both_say("clock: 20", "on the head, 20", "on 127.0.0.2, 3600 s apart; 5 s are allowed")
 
 
-async def test_another_secret_is_refused_at_the_door_and_the_head_goes_on_waiting() -> None:
+async def test_another_secret_is_refused_at_the_door_and_the_head_goes_on_waiting(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     port = free_port()
     hosts = HostsConfig(layouts=(layout_of(1, 2),), secret=SECRET, port=port, wait=1.5)
     head = asyncio.ensure_future(Engine.start(EngineConfig(ranks=3), hosts=hosts))
@@ -105,6 +107,7 @@ async def test_another_secret_is_refused_at_the_door_and_the_head_goes_on_waitin
     assert isinstance(e.value.__cause__, Refused)
     with pytest.raises(LoadError, match=r"did not join within 1.5 s: host 127.0.0.2 \(ranks 1 to 2\)"):
         await head
+    assert "it left without a proof that it knows the secret; does it have the same one?" in caplog.text
 
 
 async def test_a_head_that_does_not_answer_is_given_up() -> None:
