@@ -9,13 +9,15 @@ import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from brigade.comm.link import Link, LinkLost, call
 from brigade.engine.config import DEMO_MODEL, EngineConfig, HostsConfig
-from brigade.engine.fleet import Fleet, FleetConfig
+from brigade.engine.fleet import Fleet
+from brigade.engine.fleet_config import FleetConfig, UnitConfig
 from brigade.engine.host_messages import (
     Begin,
     EndRanks,
@@ -120,10 +122,12 @@ def model(tmp_path: Path) -> Path:
 async def started(model: Path) -> AsyncIterator[tuple[Fleet, dict[str, Supervisor]]]:
     port = free_port()
     hosts = HostsConfig(layouts=(PREFILL, DECODE), head=GATEWAY, secret=SECRET, port=port, wait=20)
-    prefill, decode = (
-        EngineConfig(model=str(model), ranks=layout.n_ranks, redundant_experts=32) for layout in (PREFILL, DECODE)
+    common: dict[str, Any] = {"model": str(model), "redundant_experts": 32}
+    units = tuple(
+        UnitConfig(name=f"{role}-0", role=role, engine=EngineConfig(**common, ranks=layout.n_ranks))
+        for role, layout in (("prefill", PREFILL), ("decode", DECODE))
     )
-    starting = asyncio.create_task(Fleet.start(FleetConfig(prefill=(prefill,), decode=(decode,)), hosts=hosts))
+    starting = asyncio.create_task(Fleet.start(FleetConfig(units=units), hosts=hosts))
     await asyncio.sleep(0.3)
     terms = {**versions(), **model_terms(model)}
     played = {address: Supervisor(port, address, terms) for address in hosts.others}
@@ -143,9 +147,9 @@ async def test_22_hosts_start_together_and_a_lost_one_breaks_its_unit_alone(
     assert {tuple(host.generations) for host in played.values()} == {(1,) * 8}, "each rank of each unit has met once"
     lost, began = played["127.0.3.7"], time.monotonic()
     await lost.lose()
-    assert await until(lambda: "decode 0: all ranks are there again" in caplog.text, 10)
+    assert await until(lambda: "decode-0: all ranks are there again" in caplog.text, 10)
     print(f"one of 22 hosts was lost and back after {time.monotonic() - began:.2f} s")
-    assert "decode 0: lost and being replaced: rank 56: " in caplog.text
+    assert "decode-0: lost and being replaced: rank 56: " in caplog.text
     assert fleet.health().ready
     decode = [host for address, host in played.items() if address.startswith("127.0.3.") and host is not lost]
     assert {tuple(host.generations) for host in decode} == {(1,) * 8 + (2,) * 8}
