@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
-from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
+from brigade.engine.config import EngineConfig, KvConfig
 from brigade.engine.generation import Generation
 from brigade.engine.keeper import Keeper
 from brigade.engine.legs import Leg, Part
@@ -71,7 +71,7 @@ class Engine:
         self,
         config: EngineConfig,
         observer: Observer | None = None,
-        hosts: HostsConfig | Site | None = None,
+        site: Site | None = None,
         kv: KvConfig | None = None,
     ) -> None:
         """Reads the small files of the checkpoint. Raises LoadError."""
@@ -90,14 +90,14 @@ class Engine:
             )
         self.config = config
         try:
-            self.experts = Rebalancer(config, self.spec, _n_nodes(hosts))
+            self.experts = Rebalancer(config, self.spec, site.layout.n_nodes if site else 1)
         except ValueError as e:
             raise LoadError(str(e)) from e
         self._observer = observer or Unobserved()
         self._generations: dict[int, Leg] = {}
         self._rids = itertools.count()
         self._router: Router
-        self._keeper = Keeper(self, config, self.spec, self.experts, self._observer, hosts, kv)
+        self._keeper = Keeper(self, config, self.spec, self.experts, self._observer, site, kv)
         self._draining = self._closed = False
         self.failed = False
         """A bug ended the engine: it will not come back."""
@@ -112,22 +112,17 @@ class Engine:
         *,
         progress: Callable[[Loading], None] | None = None,
         observer: Observer | None = None,
-        hosts: HostsConfig | Site | None = None,
+        site: Site | None = None,
         kv: KvConfig | None = None,
     ) -> "Engine":
         """Load a model and return when it can answer. Raises LoadError.
 
-        `hosts`: where the ranks run: hosts that are waited for, or a site whose hosts are there; None: all run here.
+        `site`: where the ranks run, on hosts that are there; None: all run here.
         `kv`: how its ranks and those of other units give each other prompts.
         """
-        engine = cls(config, observer, hosts, kv)
+        engine = cls(config, observer, site, kv)
         try:
-            await engine._keeper.meet()
             await engine._keeper.spawn(progress or (lambda _: None))
-        except LoadError as e:
-            await engine._keeper.send_away(str(e))
-            await engine.close()
-            raise
         except BaseException:
             await engine.close()
             raise
@@ -392,10 +387,3 @@ class Engine:
     def _drop_all(self, why: str) -> None:
         for generation in list(self._generations.values()):
             generation.fail(Unavailable(why))
-
-
-def _n_nodes(hosts: HostsConfig | Site | None) -> int:
-    """Nodes that experts are placed by."""
-    if hosts is None:
-        return 1
-    return (hosts.layout if isinstance(hosts, Site) else hosts.layouts[0]).n_nodes

@@ -82,7 +82,7 @@ async def _start(base: Base, sites: list[Site], progress: Callable[[Loading], No
             told[i] = loading
             progress(Loading(sum(x.done for x in told), sum(x.total for x in told)))
 
-        return await Engine.start(units[i].engine, progress=tell, observer=observer, hosts=sites[i], kv=kv)
+        return await Engine.start(units[i].engine, progress=tell, observer=observer, site=sites[i], kv=kv)
 
     starting = [asyncio.create_task(start(i)) for i in range(len(units))]
     try:

@@ -18,12 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from brigade.engine.config import EngineConfig, HostsConfig, KvConfig
+from brigade.engine.config import EngineConfig, KvConfig
 from brigade.engine.messages import FromWorker, Loading, Ping, Ready, Step, Wake
 from brigade.engine.output import LoadError, Observer
 from brigade.engine.pulse import Pulse
 from brigade.engine.rebalance import Rebalancer
-from brigade.engine.rendezvous import Rendezvous
 from brigade.engine.site import Site
 from brigade.engine.unit import Broken, Dismissed, Unit, UnitLost, Whole, pause
 from brigade.spec.layout import on_one_host
@@ -64,13 +63,13 @@ class Keeper:
         spec: ModelSpec,
         experts: Rebalancer,
         observer: Observer,
-        hosts: HostsConfig | Site | None,
+        site: Site | None,
         kv: KvConfig | None,
     ) -> None:
-        """`hosts`: where the unit runs, as `Engine.start` has it."""
+        """`site`: where the unit runs; None: here."""
         self._owner, self._config, self._spec, self._experts = owner, config, spec, experts
-        self._observer, self._hosts, self._kv = observer, hosts, kv
-        self._site = hosts if isinstance(hosts, Site) else Site(on_one_host(config.ranks))
+        self._observer, self._kv = observer, kv
+        self._site = site or Site(on_one_host(config.ranks))
         self._of = f"{self._site.name}: " if self._site.name else ""
         self.unit: Unit | None = None
         self.up = asyncio.Event()
@@ -79,19 +78,10 @@ class Keeper:
         self.failure = "the model is being loaded"
         """Why it is not up."""
         self.pulse = Pulse(config)
-        self._rendezvous: Rendezvous | None = None
         self._wakes = itertools.count(1)
         self._broken_at: dict[int, float] = {}
         """Ranks that were lost since the unit was whole -> when."""
         self._patience: asyncio.TimerHandle | None = None
-
-    async def meet(self) -> None:
-        """Wait for the other hosts, unless somebody else has. Raises LoadError."""
-        if isinstance(self._hosts, HostsConfig):
-            self._rendezvous = await Rendezvous.open([self._config], self._hosts)
-            [layout], [others] = self._hosts.layouts, self._rendezvous.units
-            self._site = Site(layout, others, self._hosts.secret)
-            await self._rendezvous.wait()
 
     async def spawn(self, progress: Callable[[Loading], None]) -> None:
         """Start a unit and wait until it is ready. Raises LoadError."""
@@ -162,17 +152,10 @@ class Keeper:
         self._patience, self._broken_at = None, {}
 
     async def close(self) -> None:
-        """End the unit and let the other hosts go. Nothing else may run here any more."""
+        """End the unit. Nothing else may run here any more."""
         unit, self.unit = self.unit, None
         if unit is not None:
             await unit.end()
-        await self.send_away()
-
-    async def send_away(self, failure: str = "") -> None:
-        """Let the other hosts go; `failure`: why the engine could not start."""
-        rendezvous, self._rendezvous = self._rendezvous, None
-        if rendezvous is not None:
-            await rendezvous.close(failure or "the head was ended", bool(failure))
 
     async def _serve_unit(self) -> bool:
         """Hand messages out until the unit is lost; whether it finished any step."""

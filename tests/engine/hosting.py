@@ -14,7 +14,10 @@ import psutil
 
 from brigade.engine.client import Engine
 from brigade.engine.config import EngineConfig, HostsConfig
+from brigade.engine.fleet_config import FleetConfig
+from brigade.engine.fleet_start import Base, start_units
 from brigade.engine.host_messages import Goodbye
+from brigade.engine.output import Unobserved
 from brigade.engine.supervisor import JoinConfig, supervise
 from brigade.spec.layout import Host, Layout
 
@@ -37,6 +40,11 @@ def joining(port: int, host: int, **settings: Any) -> JoinConfig:
     return JoinConfig(head=("127.0.0.1", port), address=f"127.0.0.{host + 1}", **said)
 
 
+async def started(config: EngineConfig, hosts: HostsConfig) -> Base:
+    """One unit over hosts, with an engine; `close` ends it and lets the others go."""
+    return await start_units(FleetConfig.alone(config), hosts, lambda _: None, Unobserved())
+
+
 @contextlib.asynccontextmanager
 async def several(*sizes: int, **settings: Any) -> AsyncIterator[Engine]:
     """An engine over hosts whose supervisors run in this process."""
@@ -44,11 +52,11 @@ async def several(*sizes: int, **settings: Any) -> AsyncIterator[Engine]:
     supervisors = [asyncio.create_task(supervise(joining(port, h))) for h in range(1, len(sizes))]
     config = EngineConfig(ranks=layout.n_ranks, threads=1, **settings)
     try:
-        engine = await Engine.start(config, hosts=HostsConfig(layouts=(layout,), secret=SECRET, port=port, wait=30))
+        base = await started(config, HostsConfig(layouts=(layout,), secret=SECRET, port=port, wait=30))
         try:
-            yield engine
+            yield base.engines[0]
         finally:
-            await engine.close()
+            await base.close()
         ends = await asyncio.wait_for(asyncio.gather(*supervisors), 20)
         assert [type(e) for e in ends] == [Goodbye] * len(supervisors), "they end with the head"
     finally:

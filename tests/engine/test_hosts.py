@@ -20,7 +20,7 @@ from brigade.engine.output import Unavailable
 from brigade.spec.config import read_spec
 from tests.engine.asking import until
 from tests.engine.conftest import workers
-from tests.engine.hosting import SECRET, Supervisor, free_port, layout_of, secret_file, several, supervisor
+from tests.engine.hosting import SECRET, Supervisor, free_port, layout_of, secret_file, several, started, supervisor
 from tests.engine.test_ranks import GREEDY, LONG, some_prompts
 
 PROMPTS = some_prompts(7, read_spec(DEMO_MODEL).vocab)
@@ -74,10 +74,10 @@ async def kept(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     other = Supervisor(port, 1, secret)
     config = EngineConfig(ranks=3, threads=1, rank_deadline=5)
     hosts = HostsConfig(layouts=(layout_of(1, 2),), secret=SECRET, port=port, wait=60)
-    engine = await Engine.start(config, hosts=hosts)
-    pair = Pair(engine, port, secret, other)
+    base = await started(config, hosts)
+    pair = Pair(base.engines[0], port, secret, other)
     yield pair
-    await engine.close()
+    await base.close()
     try:
         assert await asyncio.to_thread(pair.other.process.wait, 15) == 0, "it ends with the head"
     finally:

@@ -10,7 +10,6 @@ import pytest
 from brigade.comm.handshake import Refused
 from brigade.engine import supervisor as supervisor_module
 from brigade.engine import terms
-from brigade.engine.client import Engine
 from brigade.engine.config import DEMO_MODEL, EngineConfig, HostsConfig
 from brigade.engine.output import LoadError
 from brigade.engine.supervisor import HeadMissing, HostRefused, JoinConfig, supervise
@@ -18,7 +17,7 @@ from brigade.engine.terms import clock_difference, differences, layout_terms, mo
 from brigade.spec.config import BadConfig
 from brigade.spec.layout import Host, Layout
 from tests.engine.conftest import workers
-from tests.engine.hosting import SECRET, free_port, joining, layout_of
+from tests.engine.hosting import SECRET, free_port, joining, layout_of, started
 
 LAYOUT, CONFIG = layout_of(1, 1), EngineConfig(ranks=2)
 
@@ -27,7 +26,7 @@ async def refused(join: JoinConfig, port: int) -> tuple[str, str]:
     """What head and host say when they do not agree."""
     hosts = HostsConfig(layouts=(LAYOUT,), secret=SECRET, port=port, wait=20)
     others, began = workers(), time.monotonic()
-    head, host = await asyncio.gather(Engine.start(CONFIG, hosts=hosts), supervise(join), return_exceptions=True)
+    head, host = await asyncio.gather(started(CONFIG, hosts), supervise(join), return_exceptions=True)
     assert isinstance(head, LoadError), head
     assert isinstance(host, HostRefused), host
     assert time.monotonic() - began < 10
@@ -101,7 +100,7 @@ async def test_another_secret_is_refused_at_the_door_and_the_head_goes_on_waitin
 ) -> None:
     port = free_port()
     hosts = HostsConfig(layouts=(layout_of(1, 2),), secret=SECRET, port=port, wait=1.5)
-    head = asyncio.ensure_future(Engine.start(EngineConfig(ranks=3), hosts=hosts))
+    head = asyncio.ensure_future(started(EngineConfig(ranks=3), hosts))
     with pytest.raises(HostRefused, match=f"the head at 127.0.0.1:{port}: the other side has another secret") as e:
         await supervise(joining(port, 1, secret=b"another secret of hosts"))
     assert isinstance(e.value.__cause__, Refused)
@@ -122,7 +121,7 @@ async def test_a_rank_whose_host_has_no_such_address_says_so() -> None:
     port = free_port()
     join = JoinConfig(head=("127.0.0.1", port), address="192.0.2.1", secret=SECRET, wait=10)
     hosts = HostsConfig(layouts=(layout,), secret=SECRET, port=port, wait=20)
-    head, host = await asyncio.gather(Engine.start(CONFIG, hosts=hosts), supervise(join), return_exceptions=True)
+    head, host = await asyncio.gather(started(CONFIG, hosts), supervise(join), return_exceptions=True)
     assert isinstance(head, LoadError)
     assert "rank 1: cannot listen on 192.0.2.1" in str(head)
     assert not isinstance(host, BaseException)
@@ -160,4 +159,4 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 async def test_ranks_and_layout_must_agree() -> None:
     with pytest.raises(LoadError, match="ranks is 3, but the layout has 2"):
-        await Engine.start(EngineConfig(ranks=3), hosts=HostsConfig(layouts=(LAYOUT,), secret=SECRET, port=0))
+        await started(EngineConfig(ranks=3), HostsConfig(layouts=(LAYOUT,), secret=SECRET, port=0))
