@@ -122,7 +122,10 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Seconds that a request may be in a state. Decoding begins anew with every token."""
+    """Seconds that a request may be in a state. Decoding begins anew with every token.
+
+    While a request waits for a prefill unit, as after the loss of the only one, it is `queued` that counts.
+    """
 
     queued: float = 30.0
     computing: float = 1800.0

@@ -85,9 +85,9 @@ class Flight:
             self._error = self._expired()
             log.warning("request %d: %s", self.generation.rid, self._error)
         actions = self.handover.on(event)
-        self._arm()
         if event in (Event.PREFILL_LOST, Event.DECODE_LOST):
             self._leave("prefill" if event is Event.PREFILL_LOST else "decode", drop=False)
+        self._arm()
         for action in actions:
             self._do(action)
         if State.ENDED is self.handover.state:
@@ -191,6 +191,7 @@ class Flight:
             self._fleet.park(self, self.prefill)
             return
         self._parts["prefill"] = part
+        self._arm()
         self._give(part, self._add(part, hold=self._start))
 
     def _add(self, part: RequestPart, hold: int = -1) -> Add:
@@ -218,7 +219,7 @@ class Flight:
 
     def _arm(self) -> None:
         """Begin the time of a state anew. Timers are set rarely: one that ends too early is set again."""
-        if (seconds := self._fleet.deadlines.of(self.state)) is None:
+        if (seconds := self._seconds) is None:
             return
         loop = asyncio.get_running_loop()
         self._until = loop.time() + seconds
@@ -236,8 +237,18 @@ class Flight:
         with contextlib.suppress(EngineError):
             self.on(Event.EXPIRED)
 
+    @property
+    def _waits(self) -> bool:
+        """Whether it waits for a unit."""
+        return self.state is State.QUEUED or (self.state is State.PREFILLING and "prefill" not in self._parts)
+
+    @property
+    def _seconds(self) -> float | None:
+        """How long it may be as it is now."""
+        return self._fleet.deadlines.of(State.QUEUED if self._waits else self.state)
+
     def _expired(self) -> Unavailable:
-        seconds = self._fleet.deadlines.of(self.state) or 0
-        if self.state is State.QUEUED:
+        seconds = self._seconds or 0
+        if self._waits:
             return Unavailable(f"no unit could take the request within {seconds:g} s: {self._fleet.health().reason}")
         return Unavailable(f"the request was {self.state} for longer than {seconds:g} s; try again")

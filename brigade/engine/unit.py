@@ -171,7 +171,7 @@ class Unit:
         self._events.put_nowait(Dismissed(why))
 
     async def end(self) -> str:
-        """End all processes, at once those that wait for one that is gone; says how they ended."""
+        """End all processes, at once those that wait for one that is gone, or still load; says how they ended."""
         for timer in self._silence.values():
             timer.cancel()
         for task in self._tasks:
@@ -179,6 +179,9 @@ class Unit:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for host in self.hosts:
             host.stop(self.generation)
+            for rank in host.ranks:
+                if rank not in self._loaded:
+                    host.kill(rank)  # it would hear of the end after importing torch and reading its weights
         ends = await asyncio.gather(*(host.end() for host in self.hosts))
         how = {rank: text for by_rank in ends for rank, text in by_rank.items()}
         if len(self._host) == 1:

@@ -9,6 +9,7 @@ import pytest
 from brigade.core.handover import Deadlines
 from brigade.engine.fleet import Fleet
 from brigade.engine.generation import Generation
+from brigade.engine.keeper import Keeper
 from brigade.engine.output import Unavailable
 from tests.engine.asking import until
 from tests.engine.test_fleet import LONG, all_pages_are_back, config, pids, running, said, some_prompts
@@ -97,3 +98,16 @@ async def test_no_state_lasts_longer_than_its_deadline() -> None:
                 await asyncio.wait_for(said(generation), 3)
             resume(stopped)
             assert await all_pages_are_back(fleet)
+
+
+async def test_a_request_waits_no_longer_for_a_prefill_unit_than_for_a_decode_unit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running(config(deadlines=Deadlines(queued=0.5, prefilling=30))) as fleet:
+        monkeypatch.setattr(Keeper, "spawn", lambda *_: asyncio.sleep(60))
+        os.kill(pids(fleet, "prefill")[0], signal.SIGKILL)
+        assert await until(lambda: not fleet.health().ready, 5)
+        generation = await fleet.submit(some_prompts(9)[2], LONG)
+        with pytest.raises(Unavailable, match=r"no unit could take the request within 0.5 s: no .*prefill"):
+            await asyncio.wait_for(said(generation), 3)
+        assert await all_pages_are_back(fleet)

@@ -167,11 +167,11 @@ def test_a_host_that_is_killed_with_all_prefill_is_waited_for(fleet: Fleet, expe
 
 
 def test_ports_between_hosts_are_open_on_addresses_of_the_layout_alone(fleet: Fleet) -> None:
-    for host, n_own in (0, 1), (BOTH, 1), (DECODE, 0):
+    for host, n_own in (0, 1), (BOTH, 2), (DECODE, 1):
         listed = subprocess.run(
             fleet.net.command(host, "ss", "-Hltn"), capture_output=True, text=True, check=True, timeout=20
         ).stdout
         ports = [line.split()[3] for line in listed.splitlines()]
         own = [p for p in ports if p.startswith(f"{fleet.net.addresses[host]}:")]
         assert [p for p in ports if p not in own] == (["127.0.0.1:8000"] if host == 0 else [])
-        assert len(own) == n_own, "the gateway's for hosts, a prefill rank's for decode ranks of other hosts"
+        assert len(own) == n_own, "the gateway's for hosts, each rank's for ranks of other units"
