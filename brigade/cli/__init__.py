@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from brigade.cli import bench, chat, doctor, experts, explain, join, manifest, plan, serve, up, verify
+from brigade.cli import bench, chat, doctor, drain, experts, explain, join, manifest, plan, role, serve, up, verify
 from brigade.cli.fault import Fault, one_line
 
 
@@ -41,6 +41,8 @@ app.command()(bench.bench)
 app.command()(experts.experts)
 app.command()(doctor.doctor)
 app.command()(up.up)
+app.command()(drain.drain)
+app.command()(role.role)
 app.command()(explain.explain)
 app.command()(manifest.manifest)
 app.add_typer(plan.app, name="plan")

@@ -7,7 +7,7 @@ from typing import Any
 from brigade.cli.fault import Fault
 from brigade.cli.serve import served_name
 from brigade.engine.config import DEMO_MODEL, EngineConfig
-from brigade.serve.config import ServeConfig
+from brigade.serve.config import AdminConfig, ServeConfig
 from brigade.spec.deploy import Deployment, Units
 
 MOST_KEY_BYTES = 4096
@@ -62,12 +62,20 @@ class Deployed:
             port=port,
             api_key=None if name is None else read_key(self.path(name), f"{self.file}: api_key_file"),
             served_name=self.served_name,
+            admin=self.admin_config(),
         )
         try:
             web.check()
         except ValueError as e:
             raise Fault(f"{self.file}: {e}", 2) from e
         return web
+
+    def admin_config(self) -> AdminConfig | None:
+        """Where orders are taken, and their key; None if they are not. Raises Fault."""
+        name, (host, port) = self.what.admin_key_file, self.what.admin_listen
+        if name is None:
+            return None
+        return AdminConfig(key=read_key(self.path(name), f"{self.file}: admin_key_file"), host=host, port=port)
 
 
 def read_key(path: Path, where: str) -> str:

@@ -143,11 +143,20 @@ def _values(deployed: Deployed, spec: ModelSpec) -> tuple[Value, ...]:
         Value("weights", _kind(d) if d.weights != "auto" else "auto", why_weights + scaled),
         Value("listen", f"{d.listen[0]}:{d.listen[1]}", _why("listen" in d.given, "this machine only")),
         Value("clients' keys", *_key(deployed, d.api_key_file, "api_key_file", "only this machine can reach it")),
+        Value("orders to units", *_key(deployed, d.admin_key_file, "admin_key_file", "none are taken")),
         Value("gateway", d.head, _why("gateway" in d.given, "the first host of the first unit")),
         Value("host_port", str(d.host_port), _why("host_port" in d.given, "used where hosts join the gateway")),
         Value("hosts' secret", *_key(deployed, d.secret_file, "secret_file", "no host joins the gateway")),
+        Value("roles", *_roles(d)),
         *([Value("KV transfer", *kv_link(d))] if is_fleet(d) else []),
     )
+
+
+def _roles(d: Deployment) -> tuple[str, str]:
+    if (targets := d.change_roles) is None:
+        return "change when told to", "change_roles not given"
+    aim = f"prefill within {targets.prefill_seconds:g} s, room to decode within {targets.decode_seconds:g} s"
+    return "change by waiting times", aim
 
 
 def _why(given: bool, otherwise: str) -> str:
@@ -297,7 +306,7 @@ def _segment(spec: ModelSpec, layout: Layout, config: EngineConfig) -> int:
 
 def _notes(deployed: Deployed) -> list[str]:
     d, out = deployed.what, []
-    for key in ("api_key_file", "secret_file"):
+    for key in ("api_key_file", "admin_key_file", "secret_file"):
         name = getattr(d, key)
         if name is None:
             continue

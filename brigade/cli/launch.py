@@ -9,6 +9,7 @@ from brigade.cli.deployment_file import read_deployment
 from brigade.cli.explained import cannot_run, memory_of
 from brigade.cli.fault import Fault
 from brigade.cli.secret import read_secret
+from brigade.core.roles import Targets
 from brigade.engine.auto import this_machine
 from brigade.engine.config import EngineConfig, HostsConfig
 from brigade.engine.fleet_config import FleetConfig, UnitConfig
@@ -71,7 +72,8 @@ def read_launch(file: Path) -> Launch:
         for name, (u, _) in zip(unit_names(d), each, strict=True)
     )
     layouts = tuple(layout for _, layout in each)
-    return Launch(deployed, layouts, FleetConfig(units=units), _hosts(deployed, layouts))
+    targets = Targets(d.change_roles.prefill_seconds, d.change_roles.decode_seconds) if d.change_roles else None
+    return Launch(deployed, layouts, FleetConfig(units=units, targets=targets), _hosts(deployed, layouts))
 
 
 def engine_config(deployed: Deployed, spec: ModelSpec, units: Units | None = None) -> EngineConfig:

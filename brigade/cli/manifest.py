@@ -84,6 +84,8 @@ def objects(
         raise Fault(str(e), 2) from e
     if problems:
         raise Fault(f"{deployed.file}: {problems[0]}", 2)
+    if d.admin_key_file is not None:
+        raise Fault(f"{deployed.file}: admin_key_file: Kubernetes objects do not carry it yet; leave it out", 2)
     if d.rank_memory is None:
         raise Fault(f"{deployed.file}: 'rank_memory' is missing; pods ask for memory by it, like rank_memory: 16GiB", 2)
     inside = in_pods(deployed, name)

@@ -39,6 +39,10 @@ def ports(d: Deployment) -> tuple[Port, ...]:
     guard = "the key of api_key_file" if d.api_key_file else "none, but only as localhost"
     who = "this machine" if is_loopback(address) else "whoever reaches this address"
     out = [Port(address, str(port), f"clients: {who}", guard)]
+    if d.admin_key_file:
+        address, port = d.admin_listen
+        who = "this machine" if is_loopback(address) else "whoever reaches this address"
+        out.append(Port(address, str(port), f"orders to units: {who}", "the key of admin_key_file"))
     if d.other_hosts:
         out.append(Port(d.head, str(d.host_port), f"the other hosts ({len(d.other_hosts)})", SECRET))
     out += _between_ranks(d)

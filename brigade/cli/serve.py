@@ -171,6 +171,8 @@ def start(
         raise Fault(
             f"cannot listen on {web.host} port {web.port} ({problem}); stop what uses it, or choose another port"
         )
+    if web.admin and (problem := port_problem(web.admin.host, web.admin.port)):
+        raise Fault(f"admin_listen: cannot listen on {web.admin.host} port {web.admin.port} ({problem})")
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if until_eof:
         threading.Thread(target=_interrupt_at_eof, daemon=True).start()

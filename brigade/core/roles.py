@@ -40,6 +40,25 @@ class Duty:
         return frozenset() if self.drained else SIDES[self.role] & SIDES[self.next_role]
 
 
+@dataclass(frozen=True, slots=True)
+class UnitState:
+    """What is told of a unit."""
+
+    name: str
+    role: Role
+    next_role: Role
+    """Another one than `role` while the unit finishes what only the old one does."""
+    state: str
+    """serving, changing, draining, drained, restarting, or not ready."""
+    reason: str
+    """Why it is not ready; empty if it is."""
+    ranks: int
+    prefill: int
+    """Requests whose prompts it computes for others."""
+    decode: int
+    """Requests that it decodes, or will."""
+
+
 def last_of(units: Sequence[Duty], name: str, without: frozenset[Side]) -> str:
     """Why the unit called `name` cannot stop to be on the sides `without`: nobody else is on one of them and up; empty
     if it can."""

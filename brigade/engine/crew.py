@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from brigade.core.roles import SIDES, Duty, Side, last_of
+from brigade.core.roles import SIDES, Duty, Side, UnitState, last_of
 from brigade.engine.client import Engine
 from brigade.engine.flight import RequestPart
 from brigade.engine.output import NotAllowed, UnknownUnit
@@ -23,25 +23,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("brigade.fleet")
 
 FORCE = "; with force, its requests wait, and fail when none has come in time"
-
-
-@dataclass(frozen=True, slots=True)
-class UnitState:
-    """What is told of a unit."""
-
-    name: str
-    role: Role
-    next_role: Role
-    """Another one than `role` while the unit finishes what only the old one does."""
-    state: str
-    """serving, changing, draining, drained, restarting, or not ready."""
-    reason: str
-    """Why it is not ready; empty if it is."""
-    ranks: int
-    prefill: int
-    """Requests whose prompts it computes for others."""
-    decode: int
-    """Requests that it decodes, or will."""
 
 
 @dataclass(eq=False)

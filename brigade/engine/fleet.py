@@ -30,6 +30,7 @@ from brigade.engine.loads import UnitLoads
 from brigade.engine.messages import Loading, Ready, Stats
 from brigade.engine.output import Health, Observer, QueueFull, Unavailable, Unobserved
 from brigade.engine.pulse import added
+from brigade.engine.shifts import Waits, shift
 from brigade.spec.layout import links
 from brigade.spec.sampling import SamplingParams
 
@@ -66,6 +67,11 @@ class Fleet:
         self._empty = asyncio.Event()
         self._empty.set()
         self._pace = Pace()
+        self.waits = Waits()
+        self._shifting: asyncio.Task[None] | None = None
+        if (targets := base.config.targets) is not None:
+            self._shifting = asyncio.create_task(shift(self.crew, self.waits, self._flights.values(), targets))
+            self._shifting.add_done_callback(_on_bug)
         self.transfers: Counter[str] = Counter()
         """How many prompts were "fetched", and how many "computed" again because they could not be."""
         self.transfer_seconds = 0.0
@@ -178,6 +184,8 @@ class Fleet:
         self._closed = True
         if self._waiting:
             self._waiting.cancel()
+        if self._shifting:
+            self._shifting.cancel()
         for flight in list(self._flights.values()):
             flight.close(Unavailable("the engine was closed"))
         await self.crew.close()
@@ -233,3 +241,8 @@ async def _expert_loads(member: Member) -> UnitLoads | None:
     except Unavailable as e:
         return UnitLoads(member.name, None, str(e))
     return UnitLoads(member.name, report) if report else None
+
+
+def _on_bug(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (bug := task.exception()) is not None:
+        log.error("units change their roles no more", exc_info=bug)

@@ -6,6 +6,7 @@ What a unit runs of it is a `Part`, with a number of its own: what an older part
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from brigade.core.handover import Action, Event, Handover, State
@@ -46,6 +47,8 @@ class Flight:
         self.prompt, self.tokens = prompt, list(prompt)
         """The prompt, and with it every token so far."""
         self.handover = Handover()
+        self.since = time.monotonic()
+        """When it came into its state."""
         self._parts: dict[Side, RequestPart] = {}
         self._start = 0
         self._offered: Offered
@@ -84,7 +87,10 @@ class Flight:
         if event is Event.EXPIRED:
             self._error = self._expired()
             log.warning("request %d: %s", self.generation.rid, self._error)
+        before, since = self.state, self.since
         actions = self.handover.on(event)
+        self.since = time.monotonic()
+        self._fleet.waits.left(before, self.since - since)
         if event in (Event.PREFILL_LOST, Event.DECODE_LOST):
             self._leave("prefill" if event is Event.PREFILL_LOST else "decode", drop=False)
         self._arm()

@@ -30,6 +30,18 @@ class Limits:
     """Time for the last bytes to reach clients once generation has ended at shutdown."""
 
 
+ADMIN_PORT = 8001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminConfig:
+    """Where orders to units are taken. There is no such place without a key."""
+
+    key: str = field(repr=False)
+    host: str = "127.0.0.1"
+    port: int = ADMIN_PORT
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """One HTTP server in front of one engine. `check` must pass before it starts."""
@@ -43,6 +55,8 @@ class ServeConfig:
     drain_seconds: float = 30.0
     """At shutdown, how long running requests may go on."""
     limits: Limits = Limits()
+    admin: AdminConfig | None = None
+    """None: no orders are taken."""
 
     def check(self) -> None:
         """Raise ConfigError unless these settings are safe to serve with. Resolves the host name."""
@@ -55,6 +69,18 @@ class ServeConfig:
         if self.api_key is not None:
             _check_key(self.api_key)
         self.addresses()
+        if self.admin is not None:
+            self._check_admin(self.admin)
+
+    def _check_admin(self, admin: AdminConfig) -> None:
+        _check_key(admin.key)
+        if admin.key == self.api_key:
+            raise ConfigError("the admin key is the clients' key, so every client could stop units; make another one")
+        if not 0 <= admin.port <= 65535:
+            raise ConfigError(f"the admin port must be between 0 and 65535, not {admin.port}")
+        if admin.port and admin.port == self.port:
+            raise ConfigError(f"port {admin.port} is for clients and for orders at once; give orders another one")
+        resolve(admin.host)
 
     def addresses(self) -> list[str]:
         """The IP addresses of `host`, in the resolver's order. Raises ConfigError if it has none, or if one is not

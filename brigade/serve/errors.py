@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from brigade.engine.output import BadRequest, EngineError, QueueFull, Unavailable
+from brigade.engine.output import BadRequest, EngineError, NotAllowed, QueueFull, Unavailable, UnknownUnit
 
 UNAVAILABLE_RETRY_SECONDS = 2
 """A restarted worker is back within seconds; clients that honour Retry-After then find it."""
@@ -55,6 +55,10 @@ def api_error(e: EngineError) -> ApiError:
         return ApiError(429, str(e), code="queue_full", headers={"Retry-After": str(wait)})
     if isinstance(e, Unavailable):
         return ApiError(503, str(e), code="unavailable", headers={"Retry-After": str(UNAVAILABLE_RETRY_SECONDS)})
+    if isinstance(e, UnknownUnit):
+        return ApiError(404, str(e), code="unknown_unit")
+    if isinstance(e, NotAllowed):
+        return ApiError(409, str(e), code="not_allowed")
     return ApiError(500, str(e), code="engine_error")
 
 

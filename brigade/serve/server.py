@@ -10,22 +10,27 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
 
 import uvicorn
+from starlette.types import ASGIApp
 
+from brigade.serve.admin import AdminApp
 from brigade.serve.answer import Life
 from brigade.serve.app import make_app
-from brigade.serve.config import ServeConfig
+from brigade.serve.config import AdminConfig, Limits, ServeConfig, resolve
 from brigade.serve.metrics import Metrics
 from brigade.serve.protocol import bounded
 
 if TYPE_CHECKING:
     from brigade.engine.fleet import Fleet
+
+log = logging.getLogger("brigade.serve")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -34,9 +39,9 @@ class PortInUse(OSError):
     """The address cannot be listened on. The message says which and what to do."""
 
 
-def bind(config: ServeConfig) -> socket.socket:
+def bind(config: ServeConfig | AdminConfig) -> socket.socket:
     """A listening socket. Raises ConfigError for an unsafe host, PortInUse if the port is not to be had."""
-    address = config.addresses()[0]
+    address = (config.addresses() if isinstance(config, ServeConfig) else resolve(config.host))[0]
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -47,9 +52,11 @@ def bind(config: ServeConfig) -> socket.socket:
         sock.listen(2048)
     except OSError as e:
         sock.close()
+        another = "choose another with --port, or take any free one with --port 0"
+        if isinstance(config, AdminConfig):
+            another = "or choose another with 'admin_listen'"
         raise PortInUse(
-            f"cannot listen on {config.host} port {config.port} ({e.strerror}); stop what uses it, choose another with "
-            "--port, or take any free one with --port 0"
+            f"cannot listen on {config.host} port {config.port} ({e.strerror}); stop what uses it, {another}"
         ) from e
     sock.setblocking(False)
     return sock
@@ -63,8 +70,17 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server with our own end."""
+class Quiet(uvicorn.Server):
+    """uvicorn's server without its handlers of signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing: whoever started it ends it."""
+        yield
+
+
+class Server(Quiet):
+    """The clients' server with our own end: `stop` is called by the handlers that `serve` installs."""
 
     def __init__(
         self,
@@ -77,11 +93,6 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn_config)
         self._engine, self._life, self._drain_seconds, self._on_up = engine, life, drain_seconds, on_up
         self._draining: asyncio.Task[None] | None = None
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Nothing: `stop` is called by the handlers that `serve` installs."""
-        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections, then announce it."""
@@ -114,8 +125,37 @@ async def serve(engine: "Fleet", config: ServeConfig, metrics: Metrics, announce
     life = Life()
     app = make_app(engine, config, metrics, life)
     sock = bind(config)
-    limits = config.limits
-    uvicorn_config = uvicorn.Config(
+    address = url_of(sock)
+    uvicorn_config = _uvicorn_config(app, config.limits)
+    server = Server(uvicorn_config, engine, life, config.drain_seconds, on_up=lambda: announce(address))
+    try:
+        async with _taking_orders(engine, config):
+            with _stopped_by_signals(server):
+                await server.serve([sock])
+    finally:
+        sock.close()
+
+
+@contextlib.asynccontextmanager
+async def _taking_orders(engine: "Fleet", config: ServeConfig) -> AsyncIterator[None]:
+    """The admin address, if there is one, is open meanwhile. Raises PortInUse."""
+    if config.admin is None:
+        yield
+        return
+    sock = bind(config.admin)
+    server = Quiet(_uvicorn_config(AdminApp(engine.crew, config.admin), config.limits))
+    serving = asyncio.create_task(server.serve([sock]))
+    log.info("orders to units are taken at %s", url_of(sock))
+    try:
+        yield
+    finally:
+        server.should_exit = server.force_exit = True
+        await serving
+        sock.close()
+
+
+def _uvicorn_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         http=bounded(limits),
         ws="none",
@@ -129,13 +169,6 @@ async def serve(engine: "Fleet", config: ServeConfig, metrics: Metrics, announce
         timeout_keep_alive=max(1, int(limits.head_seconds)),
         timeout_graceful_shutdown=max(1, int(limits.exit_seconds)),
     )
-    address = url_of(sock)
-    server = Server(uvicorn_config, engine, life, config.drain_seconds, on_up=lambda: announce(address))
-    try:
-        with _stopped_by_signals(server):
-            await server.serve([sock])
-    finally:
-        sock.close()
 
 
 @contextlib.contextmanager

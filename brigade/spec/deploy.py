@@ -22,6 +22,7 @@ WeightType = Literal["auto", "bf16", "int8", "int4"]
 
 LOCAL = "127.0.0.1"
 HOST_PORT = 7000
+ADMIN_PORT = 8001
 BOUNDS = {
     "count": (1, 1024),
     "ranks_per_host": (1, 64),
@@ -37,6 +38,7 @@ MOST_HOSTS = 4096
 MOST_SIZE_CHARS, MOST_KEY_CHARS, MOST_UNIT_NAME_CHARS = 40, 60, 40
 INSTEAD = {
     "api_key": "keys never stand in this file; write the key into a file and name that with 'api_key_file'",
+    "admin_key": "keys never stand in this file; write the key into a file and name that with 'admin_key_file'",
     "secret": "secrets never stand in this file; write it into a file and name that with 'secret_file'",
 }
 
@@ -64,6 +66,16 @@ class Limits:
         """These limits, and those of `wide` where these say nothing."""
         mine = {f.name: getattr(self, f.name) for f in fields(self)}
         return Limits(**{name: getattr(wide, name) if value is None else value for name, value in mine.items()})
+
+
+@dataclass(frozen=True)
+class ChangeRoles:
+    """How long requests should wait, for units to change between prefill and decode by."""
+
+    prefill_seconds: float = 2.0
+    """From the moment that a decode rank has room for a prompt to its first token."""
+    decode_seconds: float = 0.5
+    """Until a decode rank has room."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,10 @@ class Deployment:
     listen: tuple[str, int] = (LOCAL, 8000)
     """Address and port for clients."""
     api_key_file: str | None = None
+    admin_listen: tuple[str, int] = (LOCAL, ADMIN_PORT)
+    """Address and port for orders to units, where there is an admin key."""
+    admin_key_file: str | None = None
+    """None: no orders are taken."""
     gateway: str | None = None
     """Address of the machine that serves clients, as the hosts reach it; None: the first host of the first unit."""
     host_port: int = HOST_PORT
@@ -109,6 +125,8 @@ class Deployment:
     secret_file: str | None = None
     units: tuple[Units, ...] = (Units("mixed"),)
     limits: Limits = field(default_factory=Limits)
+    change_roles: ChangeRoles | None = None
+    """None: units change only when they are told to."""
     given: frozenset[str] = frozenset()
 
     def limits_of(self, units: Units) -> Limits:
@@ -148,6 +166,7 @@ def unit_names(d: Deployment) -> tuple[str, ...]:
 KEYS = tuple(f.name for f in fields(Deployment) if f.name != "given")
 UNIT_KEYS = tuple(f.name for f in fields(Units) if f.name != "given")
 LIMIT_KEYS = tuple(f.name for f in fields(Limits))
+CHANGE_KEYS = tuple(f.name for f in fields(ChangeRoles))
 
 
 def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[Path, int] | None = None) -> Deployment:
@@ -163,11 +182,14 @@ def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[P
         rank_memory=table.take("rank_memory", _size("rank_memory"), None),
         listen=table.take("listen", _address_and_port, (LOCAL, 8000)),
         api_key_file=table.take("api_key_file", _text, None),
+        admin_listen=table.take("admin_listen", _address_and_port, (LOCAL, ADMIN_PORT)),
+        admin_key_file=table.take("admin_key_file", _text, None),
         gateway=table.take("gateway", _address, None),
         host_port=table.take("host_port", _number("host_port"), HOST_PORT),
         secret_file=table.take("secret_file", _text, None),
         units=_all_units(table, source),
         limits=_limits(table, source),
+        change_roles=_change_roles(table, source),
         given=frozenset(table.values),
     )
     _check_guards(result, source)
@@ -178,22 +200,26 @@ def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[P
 def plain(d: Deployment) -> dict[str, Any]:
     """The plain values of a file that says this: what was given, and what is not as it would be without."""
     out = _said(d, Deployment())
-    if "listen" in out:
-        host, port = d.listen
-        out["listen"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    for key in ("listen", "admin_listen"):
+        if key in out:
+            host, port = getattr(d, key)
+            out[key] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if "units" in out:
         out["units"] = [_said(u, Units(u.role), always=("role",)) for u in d.units]
     return out
 
 
-def _said(value: Deployment | Units | Limits, default: object, always: tuple[str, ...] = ()) -> dict[str, Any]:
+def _said(
+    value: Deployment | Units | Limits | ChangeRoles, default: object, always: tuple[str, ...] = ()
+) -> dict[str, Any]:
     out: dict[str, Any] = {}
     given: frozenset[str] = getattr(value, "given", frozenset())
     for f in fields(value):
         v = getattr(value, f.name)
         if f.name == "given" or not (f.name in given or f.name in always or v != getattr(default, f.name)):
             continue
-        out[f.name] = _said(v, Limits()) if isinstance(v, Limits) else list(v) if isinstance(v, tuple) else v
+        inner = isinstance(v, Limits | ChangeRoles)
+        out[f.name] = _said(v, type(v)()) if inner else list(v) if isinstance(v, tuple) else v
     return out
 
 
@@ -281,6 +307,13 @@ def _limits(table: _Table, source: _Source, path: Path = ()) -> Limits:
     return Limits(**numbers, kv_memory=inner.take("kv_memory", _size("kv_memory"), None))
 
 
+def _change_roles(table: _Table, source: _Source) -> ChangeRoles | None:
+    if "change_roles" not in table.values:
+        return None
+    inner = _Table(table.take("change_roles", lambda v: v), ("change_roles",), CHANGE_KEYS, source)
+    return ChangeRoles(**{key: inner.take(key, _seconds) for key in inner.values})
+
+
 def _check_hosts(hosts: tuple[str, ...], count: int, at: Path, source: _Source) -> None:
     for i, host in enumerate(hosts):
         if host in hosts[:i]:
@@ -296,6 +329,11 @@ def _check_guards(d: Deployment, source: _Source) -> None:
     if not is_loopback(d.listen[0]) and d.api_key_file is None:
         text = f"{d.listen[0]} can be reached by other machines, so clients need a key; name its file in 'api_key_file'"
         raise source.fault(("listen",), f"{text}, or listen on {LOCAL}")
+    if "admin_listen" in d.given and d.admin_key_file is None:
+        text = "orders to units are taken only with a key; write one into a file and name it in 'admin_key_file'"
+        raise source.fault(("admin_listen",), text)
+    if d.admin_key_file is not None and d.admin_listen[1] == d.listen[1]:
+        raise source.fault(("admin_listen",), f"port {d.listen[1]} is that of 'listen'; give another one")
     for i, units in enumerate(d.units):
         at: Path = ("units", i, "hosts") if "hosts" in units.given else ("units", i)
         for address in units.hosts:
@@ -390,6 +428,12 @@ def _number(key: str) -> Callable[[object], int]:
         return v
 
     return read
+
+
+def _seconds(v: object) -> float:
+    if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0.01 <= v <= 3600:
+        raise ValueError(f"must be seconds from 0.01 to 3600, not {_kind(v)}")
+    return float(v)
 
 
 def _size(key: str) -> Callable[[object], int]:

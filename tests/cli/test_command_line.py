@@ -47,6 +47,8 @@ def test_help_lists_the_commands() -> None:
             "bench",
             "experts",
             "doctor",
+            "drain",
+            "role",
         )
     )
 

@@ -102,6 +102,7 @@ class FakeEngine:
         self.priorities: list[int] = []
         self.running: set[FakeGeneration] = set()
         self.draining = False
+        self.crew: Any = None
 
         self.tokenizer = TOKENIZER
         self.config = SimpleNamespace(model=model, max_running=64, max_waiting=256)

@@ -11,6 +11,7 @@ from brigade.spec.deploy import (
     LIMIT_KEYS,
     UNIT_KEYS,
     BadDeployment,
+    ChangeRoles,
     Deployment,
     Limits,
     Units,
@@ -33,7 +34,10 @@ def error_of(data: object, line_of: dict[Any, int] | None = None) -> str:
 
 
 def test_the_set_of_keys_is_small_and_known() -> None:
-    top = "model weights rank_memory listen api_key_file gateway host_port secret_file units limits"
+    top = (
+        "model weights rank_memory listen api_key_file admin_listen admin_key_file gateway host_port secret_file "
+        "units limits change_roles"
+    )
     assert " ".join(KEYS) == top
     assert " ".join(UNIT_KEYS) == "role name count hosts ranks_per_host redundant_experts limits"
     assert " ".join(LIMIT_KEYS) == "max_running max_waiting max_context max_step_tokens kv_memory"
@@ -192,6 +196,54 @@ def test_what_is_written_back_reads_as_the_same() -> None:
 
 def test_a_path_is_shown_as_people_write_it() -> None:
     assert shown(("units", 0, "hosts", 1)) == "units[0].hosts[1]"
+
+
+# Orders to units -----------------------------------------------------------------------------------------------------
+
+
+def test_orders_to_units_are_taken_on_loopback_where_there_is_a_key_for_them() -> None:
+    assert deployment_from({}).admin_key_file is None
+    d = deployment_from({"admin_key_file": "keys/admin"})
+    assert (d.admin_key_file, d.admin_listen) == ("keys/admin", ("127.0.0.1", 8001))
+    given = {"admin_key_file": "keys/admin", "admin_listen": "10.0.0.1:9001"}
+    assert deployment_from(given).admin_listen == ("10.0.0.1", 9001)
+    assert plain(deployment_from(given)) == given
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"admin_listen": "127.0.0.1:9001"}, "admin_listen: orders to units are taken only with a key"),
+        ({"admin_key_file": "k", "admin_listen": "127.0.0.1:8000"}, "admin_listen: port 8000 is that of 'listen'"),
+        ({"admin_key": "k"}, "admin_key: keys never stand in this file"),
+    ],
+)
+def test_an_admin_address_without_a_key_or_a_port_of_its_own_is_refused(data: dict[str, Any], problem: str) -> None:
+    assert problem in error_of(data)
+
+
+# Roles that change ---------------------------------------------------------------------------------------------------
+
+
+def test_units_change_their_roles_by_themselves_only_where_the_file_says_so() -> None:
+    assert deployment_from({}).change_roles is None
+    assert deployment_from({"change_roles": {}}).change_roles == ChangeRoles(2.0, 0.5)
+    given = {"change_roles": {"prefill_seconds": 4.0}}
+    assert deployment_from(given).change_roles == ChangeRoles(4.0, 0.5)
+    assert plain(deployment_from(given)) == given
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"prefill": 2}, "change_roles.prefill: unknown key; did you mean 'prefill_seconds'?"),
+        ({"decode_seconds": 0}, "change_roles.decode_seconds: must be seconds from 0.01 to 3600, not 0"),
+        ({"decode_seconds": True}, "change_roles.decode_seconds: must be seconds"),
+        ("yes", "change_roles: it must be keys with values"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(value: object, problem: str) -> None:
+    assert problem in error_of({"change_roles": value})
 
 
 # Names of units -------------------------------------------------------------------------------------------------------
