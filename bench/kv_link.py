@@ -3,8 +3,10 @@
     python -m bench.kv_link [--tokens 4096] [--layers 12] [--row-bytes 1152] [--page 16] [--rounds 9]
 
 The defaults are a prompt of 4,096 tokens of the 1.26 B checkpoint of the tables (bench.make_checkpoint): 12 layers of
-512 + 64 numbers in bf16. The plain copy is one numpy copy out of the shared memory, and for TCP a loop of `sendall` and
-`recv_into` over a loopback connection. Each round does the plain copy and the transfer in turn.
+512 + 64 numbers in bf16. All rows are finished at one moment, when the transfer follows the offer already, as it does
+while a prompt is computed; the time is from there to the last checksum. The plain copy is one numpy copy out of the
+shared memory, and for TCP a loop of `sendall` and `recv_into` over a loopback connection that is there already. Each
+round does the plain copy and the transfer in turn.
 """
 
 import argparse
@@ -13,20 +15,56 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
 import msgspec
 import numpy as np
 
-from brigade.comm.kv.link import Fetches, Offers
+from brigade.comm.kv.link import Fetches
 from brigade.comm.kv.offer import Offer
-from brigade.comm.kv.rows import Bytes, Rows
+from brigade.comm.kv.offers import Offers
+from brigade.comm.kv.rows import Bytes, Rows, checksum
 from brigade.comm.kv.shared import SharedCaches, create
 from brigade.comm.kv.tcp import Caller, KvServer
 
 SECRET = b"of this bench alone, 32 bytes...."
 PIECE = 1 << 20
+
+
+class Giver:
+    """The other process, which has the rows."""
+
+    def __init__(self, file: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.kv_link", *sys.argv[1:], "--give", str(file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[file],
+        )
+        self.n = 0
+        self.port = int(self._line())
+
+    def offer(self) -> Offer:
+        """One of which nothing is finished yet."""
+        self.n += 1
+        self.say(f"offer {self.n}")
+        return msgspec.json.decode(self._line(), type=Offer)
+
+    def say(self, what: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def _line(self) -> bytes:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(10)
 
 
 def main() -> None:
@@ -35,58 +73,55 @@ def main() -> None:
     size = args.layers * n_pages * args.page * args.row_bytes
     file = create()
     os.ftruncate(file, size)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "bench.kv_link", *sys.argv[1:], "--give", str(file)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        pass_fds=[file],
-    )
-    assert child.stdin is not None
-    assert child.stdout is not None
+    giver = Giver(file)
     try:
-        offer = msgspec.json.decode(child.stdout.readline(), type=Offer)
-        port = int(child.stdout.readline())
-        rows = Rows(np.zeros(size, np.uint8), args.layers, args.page, args.row_bytes)
-        _print(args, rows, offer, file, port)
+        _print(args, Rows(np.zeros(size, np.uint8), args.layers, args.page, args.row_bytes), giver, file)
     finally:
-        child.stdin.close()
-        child.wait(10)
+        giver.close()
 
 
-def _print(args: argparse.Namespace, rows: Rows, offer: Offer, file: int, port: int) -> None:
+def _print(args: argparse.Namespace, rows: Rows, giver: Giver, file: int) -> None:
     n = args.layers * args.tokens * args.row_bytes
-    mine = list(range(4, 4 + len(offer.pages)))
-    caches = SharedCaches([file])
-    source, plain = caches._map(0)[:n], np.zeros(n, np.uint8)
-    check = lambda: [rows.check(layer, mine, 0, args.tokens) for layer in range(args.layers)]  # noqa: E731
-    ways: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
-        ("shared", lambda: np.copyto(plain, source), _fetching(Fetches(rows, caches.open, 30), offer, mine)),
-        ("tcp", lambda: _receive(port, plain), _fetching(Fetches(rows, Caller(SECRET).open, 30), offer, mine)),
+    mine = list(range(4, 4 - (-args.tokens // args.page)))
+    caller = Caller(SECRET)
+    caches = SharedCaches([file], caller)
+    source, plain = caches.map(0)[:n], np.zeros(n, np.uint8)
+    ways: list[tuple[str, Callable[[], float], Fetches]] = [
+        ("shared", lambda: _seconds(lambda: np.copyto(plain, source)), Fetches(rows, caches.open, 30)),
+        ("tcp", lambda: _receive(giver.port, plain), Fetches(rows, caller.open, 30)),
     ]
     print(f"{n / 1e6:.1f} MB: {args.tokens} tokens x {args.layers} layers x {args.row_bytes} B, pages of {args.page}")
     print("| link | plain copy, ms | GB/s | transfer, ms | GB/s | transfer / plain | checksum, ms |")
     print("|---|--:|--:|--:|--:|--:|--:|")
-    for name, copy, fetch in ways:
+    for name, copy, fetches in ways:
         times: list[tuple[float, float, float]] = []
         for _ in range(args.rounds + 1):
-            times.append((_seconds(copy), _seconds(fetch), _seconds(check)))
+            check = _seconds(lambda: [checksum(rows.runs(x, mine, 0, args.tokens)) for x in range(args.layers)])
+            times.append((copy(), _fetch(fetches, giver, mine), check))
         a, b, c = (statistics.median(t[i] for t in times[1:]) for i in range(3))  # the first touches fresh memory
         print(
             f"| {name} | {a * 1e3:.1f} | {n / a / 1e9:.2f} | {b * 1e3:.1f} | {n / b / 1e9:.2f} | {a / b:.2f} |"
             f" {c * 1e3:.1f} |",
             flush=True,
         )
+        fetches.close()
 
 
-def _fetching(fetches: Fetches, offer: Offer, pages: list[int]) -> Callable[[], None]:
-    def fetch() -> None:
-        fetches.fetch(1, offer, pages, 0)
+def _fetch(fetches: Fetches, giver: Giver, pages: list[int]) -> float:
+    """Seconds from the moment when all rows are finished until all are here."""
+    offer = giver.offer()
+    fetches.fetch(1, offer, pages, 0)
+    time.sleep(0.02)  # until it is connected, and waits
+
+    def finish() -> None:
+        giver.say(f"complete {offer.rid}")
+        fetches.hurry(1)
         while not (ended := fetches.poll()):
             time.sleep(0.0002)
         if ended[0].failure:
             raise SystemExit(ended[0].failure)
 
-    return fetch
+    return _seconds(finish)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -95,47 +130,50 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _receive(port: int, into: Bytes) -> None:
+def _receive(port: int, into: Bytes) -> float:
     with socket.create_connection(("127.0.0.1", port)) as sock:
-        view = into.data
-        while view:
-            n = sock.recv_into(view)
-            if not n:
-                raise SystemExit("the plain copy ended early")
-            view = view[n:]
+        time.sleep(0.005)
+
+        def copy() -> None:
+            sock.sendall(b"!")
+            view = into.data
+            while view:
+                n = sock.recv_into(view)
+                if not n:
+                    raise SystemExit("the plain copy ended early")
+                view = view[n:]
+
+        return _seconds(copy)
 
 
 def _give(args: argparse.Namespace) -> None:
-    """The other process: fills the shared cache, offers it, and sends plain bytes to whoever connects."""
+    """The other process: fills the shared cache, offers what it is told to, and sends plain bytes to whoever asks."""
     memory = np.memmap(os.fdopen(args.give, "r+b"), np.uint8)
     memory[:] = np.random.default_rng(1).integers(0, 256, memory.size, np.uint8)
-    rows = Rows(memory, args.layers, args.page, args.row_bytes)
-    offers = Offers(rows, 0)
+    offers = Offers(Rows(memory, args.layers, args.page, args.row_bytes), 0)
     offers.address = KvServer(offers, "127.0.0.1", SECRET, 30).address
-    offers.offer(1, list(range(-(-args.tokens // args.page))), 0, args.tokens)
-    while not (ready := offers.poll()):
-        time.sleep(0.001)
+    server = socket.create_server(("127.0.0.1", 0))
     n = args.layers * args.tokens * args.row_bytes
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        print(msgspec.json.encode(ready[0]).decode())
-        print(server.getsockname()[1], flush=True)
-        server.settimeout(0.2)
-        while not _ended():
-            try:
-                sock, _ = server.accept()
-            except TimeoutError:
-                continue
-            with sock:
-                sock.settimeout(30)
-                for at in range(0, n, PIECE):
-                    sock.sendall(memory[at : min(at + PIECE, n)].data)
+    threading.Thread(target=_send_plain, args=(server, memory[:n]), daemon=True).start()
+    print(server.getsockname()[1], flush=True)
+    for line in sys.stdin:
+        what, rid = line.split()
+        if what == "offer":
+            offers.withdraw(int(rid) - 1)
+            print(msgspec.json.encode(offers.offer(int(rid), 0, args.tokens)).decode(), flush=True)
+        else:
+            offers.complete(int(rid), range(-(-args.tokens // args.page)))
     os._exit(0)
 
 
-def _ended() -> bool:
-    import select
-
-    return bool(select.select([sys.stdin], [], [], 0)[0])
+def _send_plain(server: socket.socket, memory: Bytes) -> None:
+    while True:
+        sock, _ = server.accept()
+        with sock:
+            sock.settimeout(30)
+            sock.recv(1)
+            for at in range(0, memory.size, PIECE):
+                sock.sendall(memory[at : at + PIECE].data)
 
 
 def _arguments() -> argparse.Namespace:

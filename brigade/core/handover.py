@@ -2,14 +2,19 @@
 mixed unit, which does both. Pure: events in, actions out. It sends nothing and reads no clock; whoever drives it does
 what the actions say and reports events.
 
-state         who holds pages                          ends at its deadline with
-queued        nobody                                   an error
-computing     the decode rank: it does it all          an error
-routed        the decode rank, once it has room        an error
-prefilling    decode: for the prompt; prefill          an error
-transferring  both; the decode rank's are written      the loss of the decode rank's copy: queued again
-decoding      decode                                   the loss of the decode rank's copy: queued again
+state         who holds pages                                      ends at its deadline with
+queued        nobody                                               an error
+computing     the decode rank: it does it all                      an error
+routed        the decode rank, once it has room                    an error
+prefilling    decode: for the prompt; nobody computes it yet       an error
+transferring  both: prefill computes, and what is finished, layer  an error
+              by layer, is written into the pages of decode
+adopting      both: prefill under a lease, for what decode does    the loss of the decode rank's copy: queued again
+              not have yet
+decoding      decode                                               the loss of the decode rank's copy: queued again
 ended         nobody; whoever held some was told
+
+The first token is there when `adopting` begins; what is left to transfer then is seldom more than the last layer.
 
 A request that is queued again has the tokens that its client has seen: they are computed once more together with the
 prompt, so the text goes on as it would have. Every attempt on a rank has a number of its own, so whatever a rank says
@@ -17,6 +22,8 @@ late about an older one is about nobody.
 
 What holds for each rank by itself, so that a driver that is gone strands nothing:
 - A prefill rank holds the pages of a computed prompt under a lease (`Leases`); what comes after it finds nothing.
+- While it computes, the pages are the running request's own. If that is preempted, nothing is finished until it runs
+  again.
 - A decode rank gives back the pages of a reservation that nobody has followed up within its own deadline, but never
   while they are being written: a transfer ends first, by itself or at its deadline.
 """
@@ -33,6 +40,7 @@ class State(StrEnum):
     ROUTED = auto()
     PREFILLING = auto()
     TRANSFERRING = auto()
+    ADOPTING = auto()
     DECODING = auto()
     ENDED = auto()
 
@@ -46,6 +54,8 @@ class Event(StrEnum):
     """That one has sampled the first token."""
     RESERVED = auto()
     """It holds pages for the prompt."""
+    OFFERED = auto()
+    """The prefill rank begins to compute the prompt, and gives each layer's rows as they are finished."""
     COMPUTED = auto()
     """The prefill rank has sampled the first token and holds the pages of the prompt."""
     ADOPTED = auto()
@@ -72,8 +82,10 @@ class Action(StrEnum):
     """Ask the decode rank for pages."""
     PREFILL = auto()
     """Have the prompt computed on a prefill rank, now or when there is one."""
+    FOLLOW = auto()
+    """Tell the decode rank where rows are to be had from now on."""
     ADOPT = auto()
-    """Tell the decode rank where the pages are."""
+    """Tell the decode rank that all rows are finished, and the first token."""
     DROP_PREFILL = auto()
     """Tell the prefill rank that its pages, or its work, are not needed any more."""
     DROP_DECODE = auto()
@@ -99,19 +111,26 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (_S.ROUTED, _E.REFUSED): (_S.ENDED, (_A.FAIL,)),
     (_S.ROUTED, _E.LEFT): (_S.ENDED, (_A.DROP_DECODE,)),
     (_S.ROUTED, _E.EXPIRED): (_S.ENDED, (_A.DROP_DECODE, _A.FAIL)),
-    (_S.PREFILLING, _E.COMPUTED): (_S.TRANSFERRING, (_A.ADOPT,)),
+    (_S.PREFILLING, _E.OFFERED): (_S.TRANSFERRING, (_A.FOLLOW,)),
     (_S.PREFILLING, _E.FINISHED): (_S.ENDED, (_A.DROP_DECODE,)),
     (_S.PREFILLING, _E.PREFILL_LOST): (_S.PREFILLING, (_A.PREFILL,)),
     (_S.PREFILLING, _E.DECODE_LOST): (_S.QUEUED, (_A.DROP_PREFILL, _A.PLACE)),
     (_S.PREFILLING, _E.REFUSED): (_S.ENDED, (_A.DROP_DECODE, _A.FAIL)),
     (_S.PREFILLING, _E.LEFT): (_S.ENDED, (_A.DROP_PREFILL, _A.DROP_DECODE)),
     (_S.PREFILLING, _E.EXPIRED): (_S.ENDED, (_A.DROP_PREFILL, _A.DROP_DECODE, _A.FAIL)),
-    (_S.TRANSFERRING, _E.ADOPTED): (_S.DECODING, (_A.DROP_PREFILL,)),
-    # The decode rank finds out what is still to be had: it has a deadline, and computes what it cannot get.
-    (_S.TRANSFERRING, _E.PREFILL_LOST): (_S.TRANSFERRING, ()),
+    (_S.TRANSFERRING, _E.COMPUTED): (_S.ADOPTING, (_A.ADOPT,)),
+    (_S.TRANSFERRING, _E.FINISHED): (_S.ENDED, (_A.DROP_DECODE,)),
+    # The decode rank keeps the rows that it has, and gets the others from the next one.
+    (_S.TRANSFERRING, _E.PREFILL_LOST): (_S.PREFILLING, (_A.PREFILL,)),
     (_S.TRANSFERRING, _E.DECODE_LOST): (_S.QUEUED, (_A.DROP_PREFILL, _A.PLACE)),
     (_S.TRANSFERRING, _E.LEFT): (_S.ENDED, (_A.DROP_PREFILL, _A.DROP_DECODE)),
-    (_S.TRANSFERRING, _E.EXPIRED): (_S.QUEUED, (_A.DROP_PREFILL, _A.DROP_DECODE, _A.PLACE)),
+    (_S.TRANSFERRING, _E.EXPIRED): (_S.ENDED, (_A.DROP_PREFILL, _A.DROP_DECODE, _A.FAIL)),
+    (_S.ADOPTING, _E.ADOPTED): (_S.DECODING, (_A.DROP_PREFILL,)),
+    # The decode rank finds out what is still to be had: it has a deadline, and computes what it cannot get.
+    (_S.ADOPTING, _E.PREFILL_LOST): (_S.ADOPTING, ()),
+    (_S.ADOPTING, _E.DECODE_LOST): (_S.QUEUED, (_A.DROP_PREFILL, _A.PLACE)),
+    (_S.ADOPTING, _E.LEFT): (_S.ENDED, (_A.DROP_PREFILL, _A.DROP_DECODE)),
+    (_S.ADOPTING, _E.EXPIRED): (_S.QUEUED, (_A.DROP_PREFILL, _A.DROP_DECODE, _A.PLACE)),
     (_S.DECODING, _E.FINISHED): (_S.ENDED, ()),
     (_S.DECODING, _E.DECODE_LOST): (_S.QUEUED, (_A.PLACE,)),
     (_S.DECODING, _E.LEFT): (_S.ENDED, (_A.DROP_DECODE,)),
@@ -131,7 +150,8 @@ class Deadlines:
     computing: float = 1800.0
     routed: float = 600.0
     prefilling: float = 600.0
-    transferring: float = 60.0
+    transferring: float = 600.0
+    adopting: float = 60.0
     decoding: float = 300.0
 
     def of(self, state: State) -> float | None:
@@ -154,7 +174,7 @@ class Handover:
         if (row := TABLE.get((self.state, event))) is None:
             raise ValueError(f"a request that is {self.state} cannot be told {event}")
         before, (self.state, actions) = self.state, row
-        if _A.PLACE in actions or (before is _S.PREFILLING and event is _E.PREFILL_LOST):
+        if _A.PLACE in actions or (event is _E.PREFILL_LOST and _A.PREFILL in actions):
             self.n_lost += 1
             if self.n_lost > self.most_lost:
                 return self._give_up(before, event)
@@ -163,7 +183,7 @@ class Handover:
     def _give_up(self, before: State, event: Event) -> tuple[Action, ...]:
         self.state = _S.ENDED
         decode_holds = event is not _E.DECODE_LOST
-        prefill_holds = before in (_S.PREFILLING, _S.TRANSFERRING) and event is not _E.PREFILL_LOST
+        prefill_holds = before in (_S.PREFILLING, _S.TRANSFERRING, _S.ADOPTING) and event is not _E.PREFILL_LOST
         return (
             *((_A.DROP_PREFILL,) if prefill_holds else ()),
             *((_A.DROP_DECODE,) if decode_holds else ()),

@@ -22,6 +22,7 @@ from brigade.engine.messages import (
     Abort,
     Add,
     Adopted,
+    Computed,
     FromWorker,
     Gone,
     Loading,
@@ -349,7 +350,7 @@ class Engine:
                     self._router.got_token(token.rid)
                     if generation := self._generations.get(token.rid):
                         self._push(generation, token)
-            case Reserved(rid) | Adopted(rid) | Gone(rid) | Offered(token=Token(rid)):
+            case Reserved(rid) | Offered(rid) | Adopted(rid) | Gone(rid) | Computed(token=Token(rid)):
                 if part := self._generations.get(rid):
                     cast(Part, part).hear(message)
             case Refused(rid, text):

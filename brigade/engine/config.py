@@ -162,6 +162,6 @@ class KvConfig:
     first: int = 0
     """Which of them is that of this unit's rank 0; those of its other ranks follow."""
     address: str = ""
-    """Where ranks listen, each on a port of its own; empty: nowhere."""
+    """Where ranks tell what is finished, each on a port of its own."""
     secret: bytes = field(default=b"", repr=False)
     """What ranks know each other by over TCP. Never sent: every host derives it."""

@@ -75,7 +75,7 @@ class Fleet:
         self.transfers: Counter[str] = Counter()
         """How many prompts were "fetched", and how many "computed" again because they could not be."""
         self.transfer_seconds = 0.0
-        """All transfers together."""
+        """Waited for rows after the first token, all prompts together."""
 
     @classmethod
     async def start(
@@ -159,7 +159,7 @@ class Fleet:
         return units
 
     def handovers(self) -> tuple[dict[str, int], Counter[str], float]:
-        """Requests by state, transfers by how they ended, and how long these took together."""
+        """Requests by state, transfers by how they ended, and how long they were waited for after the first token."""
         return self.states(), self.transfers, self.transfer_seconds
 
     def states(self) -> dict[str, int]:

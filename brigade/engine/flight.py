@@ -9,10 +9,11 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from brigade.comm.kv.offer import Offer
 from brigade.core.handover import Action, Event, Handover, State
 from brigade.core.roles import Side
 from brigade.engine.generation import Generation
-from brigade.engine.messages import Add, Adopt, Adopted, Gone, Offered, Reserve, Reserved, Token
+from brigade.engine.messages import Add, Adopt, Adopted, Computed, Follow, Gone, Offered, Reserve, Reserved, Token
 from brigade.engine.output import BadRequest, EngineError, Unavailable
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class RequestPart:
     def fail(self, error: EngineError) -> None:
         self.flight.on_lost(self, error)
 
-    def hear(self, message: Reserved | Offered | Adopted | Gone) -> None:
+    def hear(self, message: Reserved | Offered | Computed | Adopted | Gone) -> None:
         self.flight.on_message(message)
 
 
@@ -51,7 +52,7 @@ class Flight:
         """When it came into its state."""
         self._parts: dict[Side, RequestPart] = {}
         self._start = 0
-        self._offered: Offered
+        self._offer: Offer
         self._timer: asyncio.TimerHandle | None = None
         self._until = 0.0
         self._error: EngineError | None = None
@@ -120,13 +121,15 @@ class Flight:
         self._fleet.crew.lost(part)
         self.on(Event.PREFILL_LOST if part.side == "prefill" else Event.DECODE_LOST)
 
-    def on_message(self, message: Reserved | Offered | Adopted | Gone) -> None:
+    def on_message(self, message: Reserved | Offered | Computed | Adopted | Gone) -> None:
         match message:
             case Reserved(_, start):
                 self._start = start
                 self.on(Event.RESERVED)
-            case Offered(token):
-                self._offered = message
+            case Offered(_, offer):
+                self._offer = offer
+                self.on(Event.OFFERED)
+            case Computed(token):
                 self._fleet.crew.got_token(self._parts["prefill"])
                 self._push(token)
                 self.on(Event.COMPUTED)
@@ -166,9 +169,12 @@ class Flight:
                 )
             case Action.COMPUTE:
                 self._give(self._parts["decode"], self._add(self._parts["decode"]))
+            case Action.FOLLOW:
+                part = self._parts["decode"]
+                part.unit.engine.tell(part.rid, Follow(part.rid, self._offer))
             case Action.ADOPT:
                 part = self._parts["decode"]
-                part.unit.engine.tell(part.rid, Adopt(part.rid, self._offered.token.token, self._offered.offer))
+                part.unit.engine.tell(part.rid, Adopt(part.rid, self.tokens[-1]))
             case Action.DROP_PREFILL:
                 self._leave("prefill", drop=True)
             case Action.DROP_DECODE:

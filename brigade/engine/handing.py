@@ -1,28 +1,46 @@
 """One rank's side of hand-overs: prompts that it gives to ranks of other units, or takes from them. Decides no order of
 steps; `brigade.core.handover` has the rules.
 
-Giving: `expect` -> `hold` at the first token -> Offered when checksums are made -> `drop`, or the lease ends.
-Taking: Reserve -> Reserved when there is room -> Adopt -> the rows are fetched -> Adopted; `drop` at any moment.
+Giving: `expect` -> Offered with the first step that has it -> each layer of each step is told as finished -> `hold` and
+Computed at the first token -> `drop`, or the lease ends.
+Taking: Reserve -> Reserved when there is room -> Follow: rows are fetched as they are finished -> Adopt: the others are
+fetched -> Adopted; `drop` at any moment.
 """
 
 import logging
 import time
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from brigade.comm.kv.link import Fetches, Offers, Open
+from brigade.comm.kv.link import Fetches, Open
+from brigade.comm.kv.offer import Offer
+from brigade.comm.kv.offers import Offers
 from brigade.comm.kv.rows import Rows
 from brigade.comm.kv.shared import SharedCaches
 from brigade.comm.kv.tcp import Caller, KvServer
 from brigade.core.handover import Leases
 from brigade.core.request import Request
-from brigade.core.scheduler import Scheduler
+from brigade.core.scheduler import Scheduler, Slice, StepPlan
 from brigade.engine.config import KvConfig
-from brigade.engine.messages import Adopt, Adopted, Gone, Offered, Refused, Reserve, Reserved, Token, ToWorker
-from brigade.engine.worker import Worker, stop_ids
+from brigade.engine.messages import (
+    Adopt,
+    Adopted,
+    Computed,
+    Follow,
+    Gone,
+    Offered,
+    Refused,
+    Reserve,
+    Reserved,
+    Token,
+    ToWorker,
+)
+from brigade.engine.worker import Worker, Wrote, stop_ids
 from brigade.spec.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -33,9 +51,9 @@ log = logging.getLogger("brigade.kv")
 LEASE = 120.0
 """Seconds that the pages of a computed prompt are held for whoever fetches it: longer than the gateway waits."""
 RESERVATION = 900.0
-"""Seconds that reserved pages wait for an Adopt: longer than the gateway waits for the prompt."""
+"""Seconds that reserved pages wait for a Follow, and then for an Adopt: longer than the gateway waits for either."""
 TRANSFER = 30.0
-"""Seconds that the rows of one prompt may take."""
+"""Seconds that rows may take after the prompt was computed."""
 _SOON, _LATER = 0.002, 0.25
 """Seconds between two looks of an idle loop at work in the background, and at the clock."""
 
@@ -45,8 +63,9 @@ Begun = tuple[int, list[int], SamplingParams, list[int]]
 
 def _sources(kv: KvConfig) -> Open:
     """Opens what ranks of this host offer in the memory that they share, and what others do over TCP."""
-    shared, caller = SharedCaches(kv.files), Caller(kv.secret)
-    return lambda offer, until: (shared if shared.has(offer.file) else caller).open(offer, until)
+    caller = Caller(kv.secret)
+    shared = SharedCaches(kv.files, caller)
+    return lambda offer, have: (shared if shared.has(offer.file) else caller).open(offer, have)
 
 
 class Handing:
@@ -66,13 +85,15 @@ class Handing:
         self._leases = Leases()
         self._expected: dict[int, int] = {}
         """Requests to be held -> from which token on their rows are wanted."""
-        self._first: dict[int, Token] = {}
-        """First tokens that are told with the offer."""
+        self._offered: dict[int, tuple[Request, list[int]]] = {}
+        """Those of them that are being computed, and the pages that they had when the last step was planned."""
         self._asked: deque[tuple[Request, Reserve]] = deque()
         self._reserved: dict[int, tuple[Reserve, float]] = {}
-        """Arriving requests, and until when they wait for an Adopt."""
-        self._adopting: dict[int, int] = {}
-        """Those whose rows are on their way -> their first token."""
+        """Arriving requests, and until when they wait for a Follow or an Adopt."""
+        self._adopting: dict[int, tuple[int, float]] = {}
+        """Those whose prompt is computed -> their first token, and since when it is known."""
+        self._ended: dict[int, str] = {}
+        """Those whose transfer has ended before that -> why it failed; empty: it did not."""
         self._dropped: set[int] = set()
         self.server: KvServer | None = None
 
@@ -86,38 +107,79 @@ class Handing:
         rows = Rows(memory, layers.shape[0], worker.page, layers.shape[-1] * layers.element_size())
         offers = Offers(rows, kv.first + rank if kv.files else -1)
         handing = cls(worker, scheduler, channel, offers, Fetches(rows, _sources(kv), TRANSFER))
-        if kv.address:
-            handing.server = KvServer(offers, kv.address, kv.secret, TRANSFER)
-            offers.address = handing.server.address
+        handing.server = KvServer(offers, kv.address, kv.secret, TRANSFER)
+        offers.address = handing.server.address
         return handing
 
     @property
     def rests(self) -> float | None:
         """Seconds after which an idle loop must come round again; None: only when told something."""
-        if (self._offers and self._offers.pending) or (self._fetches and self._fetches.pending):
+        if self._adopting or self._dropped:
             return _SOON
         return _LATER if self._asked or self._reserved or len(self._leases) else None
 
     @property
     def pages(self) -> tuple[int, int]:
         """Pages reserved, pages offered."""
-        return sum(len(r.pages) for r in self._scheduler.arriving.values()), self._leases.n_pages
+        computing = sum(len(req.pages) for req, _ in self._offered.values())
+        return sum(len(r.pages) for r in self._scheduler.arriving.values()), computing + self._leases.n_pages
+
+    # Giving
 
     def expect(self, rid: int, start: int) -> None:
         """This request is to be held after its first token."""
         self._expected[rid] = start
 
+    def planned(self, plan: StepPlan) -> Wrote | None:
+        """Before a new plan runs: offers what it begins, and takes back what was preempted for it. What the step is to
+        call after each layer; None if nobody waits for its rows."""
+        if self._offers is None or not self._expected:
+            return None
+        for rid, (req, pages) in self._offered.items():
+            if req.pages[: len(pages)] != pages:
+                self._offers.retract(rid)
+            self._offered[rid] = req, list(req.pages)
+        attempts = {}
+        for s in plan.slices:
+            if (start := self._expected.get(s.rid)) is None:
+                continue
+            if s.rid not in self._offered:
+                req = self._scheduler.live[s.rid]
+                self._offered[s.rid] = req, list(req.pages)
+                self._channel.send(Offered(s.rid, self._offers.offer(s.rid, start, len(req.tokens))))
+            attempts[s.rid] = self._offers.attempt(s.rid)
+        return partial(self._wrote, self._offers, attempts) if attempts else None
+
+    def rolled_back(self) -> None:
+        """Plans were taken back, and pages with them."""
+        for rid in self._offered:
+            if self._offers:
+                self._offers.retract(rid)
+
+    @staticmethod
+    def _wrote(offers: Offers, attempts: dict[int, int], slices: Sequence[Slice], layer: int) -> None:
+        """From the thread that computes: in this layer all rows before the ends of these slices are finished, since
+        whatever they stand on was planned before and so is computed by now."""
+        for s in slices:
+            if (attempt := attempts.get(s.rid)) is not None:
+                offers.wrote(s.rid, attempt, layer, s.end, s.pages)
+
     def hold(self, req: Request, first: Token) -> bool:
         """Keep the pages of a request that has ended here, if it goes on elsewhere; whether it does."""
-        start = self._expected.pop(req.rid, None)
-        if start is None or self._offers is None or first.finish == "stop":
+        if self._offers is None or self._expected.pop(req.rid, None) is None:
+            return False
+        self._offered.pop(req.rid, None)
+        if first.finish == "stop":
+            self._offers.withdraw(req.rid)
             return False
         self._leases.hold(req, time.monotonic() + LEASE)
-        self._first[req.rid] = Token(first.rid, first.token, "", first.logprob, first.top, first.n_cached)
-        self._offers.offer(req.rid, req.pages, start, len(req.tokens) - 1)
+        self._offers.complete(req.rid, req.pages)
+        self._channel.send(Computed(Token(first.rid, first.token, "", first.logprob, first.top, first.n_cached)))
         return True
 
-    def take(self, message: Reserve | Adopt) -> None:
+    # Taking
+
+    def take(self, message: Reserve | Follow | Adopt) -> None:
         match message:
             case Reserve(rid, tokens, n_prompt, params, salt, priority):
                 stops = stop_ids(self._worker.spec, params)
@@ -128,13 +190,28 @@ class Handing:
                     self._channel.send(Refused(rid, str(e)))
                     return
                 insort(self._asked, (req, message), key=lambda asked: asked[0].priority)
-            case Adopt(rid, token, offer):
-                req_or_none = self._scheduler.arriving.get(rid)
-                if req_or_none is None or self._fetches is None:
-                    self._channel.send(Gone(rid))
-                elif rid not in self._adopting:  # it may be told twice
-                    self._adopting[rid] = token
-                    self._fetches.fetch(rid, offer, req_or_none.pages, req_or_none.done)
+            case Follow(rid) | Adopt(rid) if rid not in self._reserved or self._fetches is None:
+                self._channel.send(Gone(rid))
+            case Follow(rid, offer):
+                self._follow(rid, offer)
+            case Adopt(rid, token):
+                if rid in self._adopting:  # it may be told twice
+                    return
+                self._adopting[rid] = token, time.monotonic()
+                self._fetches.hurry(rid)
+                if not self._fetches.fetching(rid):
+                    self._ended.setdefault(rid, "nobody has offered them")
+
+    def _follow(self, rid: int, offer: Offer) -> None:
+        assert self._fetches is not None
+        asked, _ = self._reserved[rid]
+        self._reserved[rid] = asked, time.monotonic() + RESERVATION
+        if self._fetches.fetching(rid):
+            self._fetches.move(rid, offer)
+        elif self._ended.get(rid) != "":  # it may be told twice
+            req = self._scheduler.arriving[rid]
+            self._ended.pop(rid, None)
+            self._fetches.fetch(rid, offer, req.pages, req.done)
 
     def drop(self, rid: int) -> bool:
         """Nobody wants this request any more. False if it is the scheduler's alone."""
@@ -143,28 +220,33 @@ class Handing:
             self._dropped.add(rid)
             return True
         self._expected.pop(rid, None)
+        self._offered.pop(rid, None)
         if self._offers:
             self._offers.withdraw(rid)
-            self._first.pop(rid, None)
         if req := self._leases.end(rid):
             self._scheduler.release(req)
             return True
         self._asked = deque(x for x in self._asked if x[0].rid != rid)
+        self._adopting.pop(rid, None)
+        self._ended.pop(rid, None)
         return self._reserved.pop(rid, None) is not None and self._scheduler.abort(rid)
 
     def turn(self) -> list[Begun]:
-        """Whatever is due: reservations, offers, transfers, deadlines. Gives the requests that run from now on."""
+        """Whatever is due: reservations, transfers, deadlines. Gives the requests that run from now on."""
         now = time.monotonic()
         while self._asked and self._scheduler.reserve(self._asked[0][0]):
             req, asked = self._asked.popleft()
             self._reserved[req.rid] = asked, now + RESERVATION
             self._channel.send(Reserved(req.rid, req.done))
-        for offer in self._offers.poll() if self._offers else []:
-            self._channel.send(Offered(self._first.pop(offer.rid), offer))
-        begun = []
-        for rid, failure, seconds in self._fetches.poll() if self._fetches else []:
-            if one := self._fetched(rid, failure, seconds):
-                begun.append(one)
+        for rid, failure in self._fetches.poll() if self._fetches else []:
+            if rid in self._dropped:
+                self._dropped.discard(rid)
+                self.drop(rid)
+            else:
+                self._ended[rid] = failure
+        begun = [self._adopt(rid, now) for rid in self._adopting if rid in self._ended]
+        for rid, *_ in begun:
+            del self._adopting[rid]
         self._expire(now)
         return begun
 
@@ -172,22 +254,16 @@ class Handing:
         """End what runs in the background, soon."""
         if self._fetches:
             self._fetches.close()
-        if self._offers:
-            self._offers.close()
         if self.server:
             self.server.close()
 
-    def _fetched(self, rid: int, failure: str, seconds: float) -> Begun | None:
-        token = self._adopting.pop(rid)
-        asked, _ = self._reserved.pop(rid)
-        if rid in self._dropped:
-            self._dropped.discard(rid)
-            self._scheduler.abort(rid)
-            return None
+    def _adopt(self, rid: int, now: float) -> Begun:
+        token, since = self._adopting[rid]
+        failure, (asked, _) = self._ended.pop(rid), self._reserved.pop(rid)
         if failure:
             log.warning("request %d: its rows could not be fetched, so its prompt is computed here: %s", rid, failure)
         self._scheduler.adopt(rid, token, not failure)
-        self._channel.send(Adopted(rid, failure, seconds))
+        self._channel.send(Adopted(rid, failure, now - since))
         return rid, asked.tokens[: asked.n_prompt], asked.params, [*asked.tokens[asked.n_prompt :], token]
 
     def _expire(self, now: float) -> None:
@@ -195,8 +271,8 @@ class Handing:
             log.warning("request %d: nobody has fetched its pages within %.0f s", req.rid, LEASE)
             if self._offers:
                 self._offers.withdraw(req.rid)
-            self._first.pop(req.rid, None)
             self._scheduler.release(req)
-        for rid in [rid for rid, (_, until) in self._reserved.items() if now >= until and rid not in self._adopting]:
+        waiting = self._reserved.keys() - self._adopting.keys() - self._dropped
+        for rid in [rid for rid in waiting if now >= self._reserved[rid][1]]:
             log.warning("request %d: its prompt has not come within %.0f s", rid, RESERVATION)
             self.drop(rid)

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from brigade.engine.messages import Adopted, Gone, Offered, Reserved, Token
+from brigade.engine.messages import Adopted, Computed, Gone, Offered, Reserved, Token
 from brigade.engine.output import EngineError
 
 
@@ -19,4 +19,4 @@ class Leg(Protocol):
 class Part(Leg, Protocol):
     """What one unit does for a request that other units serve as well."""
 
-    def hear(self, message: Reserved | Offered | Adopted | Gone) -> None: ...
+    def hear(self, message: Reserved | Offered | Computed | Adopted | Gone) -> None: ...

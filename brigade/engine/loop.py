@@ -29,6 +29,7 @@ from brigade.engine.messages import (
     Add,
     Adopt,
     Failed,
+    Follow,
     Form,
     Loaded,
     Loading,
@@ -49,7 +50,7 @@ from brigade.engine.messages import (
     Wake,
 )
 from brigade.engine.unit_rank import UnitRank
-from brigade.engine.worker import Worker, stop_ids
+from brigade.engine.worker import Worker, Wrote, stop_ids
 from brigade.model.sampling import BROKEN, Choice
 
 log = logging.getLogger("brigade.worker")
@@ -156,7 +157,8 @@ class Loop:
         if agreed.run:
             way = self.overlap.choose(max(s.n_tokens for s in shapes))
             self._ways.append(way)
-            self.pending.append((plan, self._do(self._run, plan, way.n)))
+            wrote = self.handing.planned(plan) if self.handing else None
+            self.pending.append((plan, self._do(self._run, plan, way.n, wrote)))
         if self.pending and (len(self.pending) >= self.depth or not agreed.run):
             self._commit_oldest()
         self.asleep = agreed.sleep
@@ -174,7 +176,7 @@ class Loop:
                     return
                 if self.scheduler.abort(rid) and known:
                     self._do(self.worker.forget, rid)
-            case Reserve() | Adopt():
+            case Reserve() | Follow() | Adopt():
                 if self.handing is None:
                     raise ValueError("a worker that runs alone was told to take a prompt from another one")
                 self.handing.take(message)
@@ -220,6 +222,8 @@ class Loop:
             plan, result = self.pending.pop()
             result.exception()
             self.scheduler.undo(plan)
+        if self.handing:
+            self.handing.rolled_back()
         self._lost = None
 
     def _share(self, mine: Shape) -> list[tuple[int, ...]]:
@@ -245,13 +249,13 @@ class Loop:
         self._ways.clear()
         self._times.clear()
 
-    def _run(self, plan: StepPlan, n: int) -> dict[int, Choice]:
+    def _run(self, plan: StepPlan, n: int, wrote: Wrote | None) -> dict[int, Choice]:
         """A step after one that was given up would compute from what that one left out."""
         if self._lost is not None:
             raise self._lost
         try:
             begin = time.perf_counter()
-            choices = self.worker.run(plan, n)
+            choices = self.worker.run(plan, n, wrote)
         except PeerLost as e:
             self._lost = e
             raise

@@ -56,7 +56,7 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     n_prompt: int = 0
     """Of `prompt`, the tokens that are the prompt; 0: all. The rest were generated before, by a rank that was lost."""
     hold: int = -1
-    """At least 0: sample one token, keep the pages, and offer the rows from this token on (Offered)."""
+    """At least 0: offer the rows from this token on (Offered), sample one token (Computed), and keep the pages."""
     priority: int = 0
     """Lower values go first."""
 
@@ -106,15 +106,21 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
     priority: int = 0
 
 
-class Adopt(msgspec.Struct, frozen=True, tag=True):
-    """Fetch the offered rows into the reserved pages and go on after `token`."""
+class Follow(msgspec.Struct, frozen=True, tag=True):
+    """Fetch the offered rows into the reserved pages, as they are finished; instead of what was offered before."""
 
     rid: int
-    token: int
     offer: Offer
 
 
-ToWorker = Start | Form | Add | Wake | Abort | Ping | Portion | TellLoads | Reserve | Adopt
+class Adopt(msgspec.Struct, frozen=True, tag=True):
+    """The prompt is computed: fetch what is missing and go on after `token`."""
+
+    rid: int
+    token: int
+
+
+ToWorker = Start | Form | Add | Wake | Abort | Ping | Portion | TellLoads | Reserve | Follow | Adopt
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -180,7 +186,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     pages_reserved: int = 0
     """Of the pages used, those that are being filled from elsewhere."""
     pages_offered: int = 0
-    """Those of computed prompts that other ranks may read; one that two prompts share counts twice."""
+    """Those of prompts that other ranks may read; one that two prompts share counts twice."""
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -246,10 +252,16 @@ class Reserved(msgspec.Struct, frozen=True, tag=True):
 
 
 class Offered(msgspec.Struct, frozen=True, tag=True):
-    """The prompt is computed: its first token, and where its rows are."""
+    """This rank begins to compute the prompt, and gives its rows as they are finished."""
+
+    rid: int
+    offer: Offer
+
+
+class Computed(msgspec.Struct, frozen=True, tag=True):
+    """The prompt is computed, and this is its first token. Its pages are held."""
 
     token: Token
-    offer: Offer
 
 
 class Adopted(msgspec.Struct, frozen=True, tag=True):
@@ -259,11 +271,11 @@ class Adopted(msgspec.Struct, frozen=True, tag=True):
     failure: str = ""
     """Why its rows could not be fetched, so that this rank computes the prompt itself; empty: they are here."""
     seconds: float = 0.0
-    """How long the transfer took."""
+    """How long it waited for rows, after the prompt was computed."""
 
 
 class Gone(msgspec.Struct, frozen=True, tag=True):
-    """This rank has nothing of a request that it was told to adopt."""
+    """This rank has nothing of a request that it was told to fetch or to adopt."""
 
     rid: int
 
@@ -282,6 +294,7 @@ FromWorker = (
     | Loads
     | Reserved
     | Offered
+    | Computed
     | Adopted
     | Gone
 )

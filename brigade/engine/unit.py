@@ -20,6 +20,7 @@ from brigade.engine.config import EngineConfig, KvConfig
 from brigade.engine.local_host import Ended, RankHost
 from brigade.engine.messages import (
     Adopted,
+    Computed,
     Failed,
     Form,
     FromWorker,
@@ -247,6 +248,7 @@ class Unit:
                 | Loads()
                 | Reserved()
                 | Offered()
+                | Computed()
                 | Adopted()
                 | Gone()
             ):

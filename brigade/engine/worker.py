@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ from brigade.spec.sampling import SamplingParams
 log = logging.getLogger("brigade.worker")
 
 Model = DeepSeek | Dense | CpuModel
+Wrote = Callable[[Sequence[Slice], int], None]
+"""Called with slices of a step and a layer: the cache rows of these slices are written in this layer."""
 MODELS: dict[str, type[DeepSeek] | type[Dense]] = {
     "DeepseekV3ForCausalLM": DeepSeek,
     "LlamaForCausalLM": Dense,
@@ -165,11 +168,13 @@ class Worker:
         return Loads(seq, *self.model.spread.news())
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
+    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
         """Run one step, in n micro-batches, and sample. The last token of a request may be needed by the very next
-        step."""
+        step. `wrote` is called after each layer's attention, from this thread."""
         last = {s.rid: h.new[-1] for s in plan.slices if (h := self.histories[s.rid]).new}
-        batches = [build(part, self.page, last) for part in cut(plan, n)]
+        batches = [
+            build(part, self.page, last, partial(wrote, part.slices) if wrote else None) for part in cut(plan, n)
+        ]
         rids = [rid for batch in batches for rid in batch.rids]
         rows = [self.histories[rid] for rid in rids]
         choices = choose(self.model.forward(*batches), rows)

@@ -1,6 +1,6 @@
 """A StepPlan as tensors: built once a step, read by every layer. Must not decide anything."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +46,8 @@ class Batch:
     """Rows whose logits are wanted."""
     rids: list[int]
     """Whose they are."""
+    wrote: Callable[[int], None] | None = None
+    """To be called when the cache rows of a layer are written; None: nobody waits for them."""
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -58,7 +60,7 @@ class Batch:
         return _group([(row, s) for row, s in self.slices if len(s.tokens) == 1])
 
 
-def build(plan: StepPlan, page: int, last: Mapping[int, int]) -> Batch:
+def build(plan: StepPlan, page: int, last: Mapping[int, int], wrote: Callable[[int], None] | None = None) -> Batch:
     """Lay a plan out. `last` gives the token that a LAST of a request stands for."""
     ids, positions, slots = list[int](), list[int](), list[int]()
     slices, sample, rids = list[tuple[int, Slice]](), list[int](), list[int]()
@@ -70,7 +72,7 @@ def build(plan: StepPlan, page: int, last: Mapping[int, int]) -> Batch:
         if s.sample:
             sample.append(len(ids) - 1)
             rids.append(s.rid)
-    return Batch(_long(ids), _long(positions), _long(slots), slices, _long(sample), rids)
+    return Batch(_long(ids), _long(positions), _long(slots), slices, _long(sample), rids, wrote)
 
 
 def _group(single: list[tuple[int, Slice]]) -> list[Decodes]:

@@ -99,6 +99,8 @@ class DeepSeek:
         for i in range(self.spec.n_layers):
             at = f"model.layers.{i}"
             x_TD = x_TD + self.attention(i, self.norm(x_TD, f"{at}.input_layernorm"), batch, cos_TR, sin_TR)
+            if batch.wrote:
+                batch.wrote(i)
             h_TD = self.norm(x_TD, f"{at}.post_attention_layernorm")
             if self.spec.is_moe(i):
                 x_TD = x_TD + (yield from self.moe(i, h_TD, f"{at}.mlp", lane))

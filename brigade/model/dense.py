@@ -38,6 +38,8 @@ class Dense:
         for i in range(self.spec.n_layers):
             at = f"model.layers.{i}"
             x_TD = x_TD + self.attention(i, self.norm(x_TD, f"{at}.input_layernorm"), batch, cos_TR, sin_TR)
+            if batch.wrote:
+                batch.wrote(i)
             h_TD = self.norm(x_TD, f"{at}.post_attention_layernorm")
             gate, up, down = (self.w[f"{at}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
             x_TD = x_TD + ops.swiglu(h_TD, gate, up, down)

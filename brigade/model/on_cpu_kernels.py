@@ -87,6 +87,8 @@ class CpuModel:
         step, _held = self._step(batch)
         for i, (attention, feed_forward) in enumerate(self.layers):
             attention(x_TD, step, self.cache.layers[i])
+            if batch.wrote:
+                batch.wrote(i)
             if self.spread is None or not self.spec.is_moe(i):
                 feed_forward(x_TD)
             elif self.spread.exchange is None:

@@ -135,7 +135,8 @@ class _EngineState(Collector):
         for how in ("fetched", "computed"):
             fetched.add_metric([how], transfers[how])
         yield fetched
-        yield CounterMetricFamily("brigade_kv_transfer_seconds", "Time that all transfers took.", value=seconds)
+        waited = "Time that requests waited for rows after their first token."
+        yield CounterMetricFamily("brigade_kv_transfer_seconds", waited, value=seconds)
         # These start again from 0 with a new worker, which Prometheus' rate() understands.
         yield CounterMetricFamily("brigade_num_preemptions", "Requests preempted.", value=stats.n_preempted)
         yield CounterMetricFamily("brigade_steps", "Steps run.", value=stats.n_steps)

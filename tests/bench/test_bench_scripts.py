@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from bench import interference, limits, make_checkpoint, peers, ranks, rebalance, session
+from bench import handover, interference, limits, make_checkpoint, peers, ranks, rebalance, session
 from bench.child import Child, ChildFailed, JobRefused
 from bench.engines.wire import Options, decoded
 from bench.limits import Limits
@@ -299,6 +299,15 @@ def test_kv_rows_are_measured_on_both_links() -> None:
     command = [sys.executable, "-m", "bench.kv_link", "--tokens", "64", "--layers", "2", "--rounds", "1"]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["shared", "tcp"]
+
+
+def test_what_a_hand_over_adds_is_measured(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--tokens", "40", "--links", "tcp", "--rounds", "1", "--kv-mib", "4"]
+    monkeypatch.setattr(sys, "argv", ["bench.handover", str(tiny), *arguments])
+    handover.main()
+    assert "| tcp |" in capsys.readouterr().out
 
 
 def test_chats_beside_long_prompts_are_measured_on_both_deployments(

@@ -25,6 +25,7 @@ from tests.engine.conftest import workers
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
 DRAWN = SamplingParams(temperature=0.9, max_tokens=24, seed=5, presence_penalty=0.4, ignore_eos=True)
+MANY = [5 + i % 700 for i in range(800)]
 
 
 def some_prompts(n: int, seed: int = 7) -> list[list[int]]:
@@ -37,7 +38,7 @@ def some_prompts(n: int, seed: int = 7) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def alone() -> dict[tuple[int, ...], list[list[int]]]:
     """What one rank says to every prompt: greedy, long and drawn."""
-    prompts = some_prompts(9) + [[5 + i, 6, 7] for i in range(6)]
+    prompts = some_prompts(9) + [[5 + i, 6, 7] for i in range(6)] + [MANY]
     with Brigade(max_step_tokens=64) as model:
         says = [[c.token_ids for c in model.generate(prompts, params)] for params in (GREEDY, LONG, DRAWN)]
     return {tuple(p): [row[i] for row in says] for i, p in enumerate(prompts)}
@@ -143,7 +144,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(pair: Fleet
 LAYOUTS = [
     ({"ranks": 2}, {}, {}),
     ({"depth": 2}, {"ranks": 2, "depth": 2}, {}),
-    ({}, {"max_running": 3, "kv_bytes": 1 << 20}, {"link": "tcp"}),
+    ({}, {"max_running": 3, "kv_bytes": 2 << 20}, {"link": "tcp"}),
 ]
 
 
@@ -154,7 +155,7 @@ async def test_no_layout_and_no_link_changes_the_text(
     decode: dict[str, int],
     fleet: dict[str, object],
 ) -> None:
-    prompts = some_prompts(9)
+    prompts = [*some_prompts(9), MANY]
     async with running(config(prefill, decode, **fleet)) as served:
         assert await ask_all(served, prompts, GREEDY) == [alone[tuple(p)][0] for p in prompts]
         assert await ask_all(served, prompts, GREEDY) == [alone[tuple(p)][0] for p in prompts]
@@ -200,6 +201,6 @@ async def test_a_unit_that_cannot_load_ends_the_others() -> None:
 
 def test_ranks_wait_longer_than_the_gateway() -> None:
     deadlines = config().deadlines
-    assert deadlines.transferring < handing.LEASE
-    assert deadlines.prefilling < handing.RESERVATION
-    assert deadlines.transferring > handing.TRANSFER
+    assert deadlines.adopting < handing.LEASE
+    assert max(deadlines.prefilling, deadlines.transferring) < handing.RESERVATION
+    assert deadlines.adopting > handing.TRANSFER

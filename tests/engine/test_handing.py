@@ -3,23 +3,26 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
-from brigade.comm.kv.link import Fetches, Offers
+from brigade.comm.kv.link import Failed, Fetches, GoOn
 from brigade.comm.kv.offer import Offer
-from brigade.comm.kv.rows import Bytes, Rows, copy
+from brigade.comm.kv.offers import Offers, Withdrawn
+from brigade.comm.kv.rows import Bytes, Piece, Rows, copy
 from brigade.core.pages import PagePool
 from brigade.core.request import Request
-from brigade.core.scheduler import Scheduler
+from brigade.core.scheduler import Scheduler, Slice, StepPlan
 from brigade.engine import handing
 from brigade.engine.handing import Handing
-from brigade.engine.messages import Adopt, Adopted, Gone, Offered, Refused, Reserve, Reserved, Token
+from brigade.engine.messages import Adopt, Adopted, Computed, Follow, Gone, Offered, Refused, Reserve, Reserved, Token
+from brigade.engine.worker import Wrote
 from brigade.spec.sampling import SamplingParams
 
 PAGE, N_PAGES, ROW, EOS = 2, 8, 16, 7
@@ -39,9 +42,9 @@ class Side:
         self.scheduler = Scheduler(PagePool(N_PAGES, PAGE), max_step_tokens=16, max_running=4)
         worker: Any = SimpleNamespace(spec=SimpleNamespace(eos_ids=(EOS,)))
         channel: Any = SimpleNamespace(send=self.sent.append)
-        offers = Offers(self.rows) if open_source is None else None
+        self.offers = Offers(self.rows)
         fetches = Fetches(self.rows, open_source, 5) if open_source else None
-        self.handing = Handing(worker, self.scheduler, channel, offers, fetches)
+        self.handing = Handing(worker, self.scheduler, channel, None if fetches else self.offers, fetches)
         self.skipped = 0.0
         clock = time.monotonic
         monkeypatch.setattr(handing, "time", SimpleNamespace(monotonic=lambda: clock() + self.skipped))
@@ -61,53 +64,70 @@ class Side:
 
 
 class Memory:
-    """A source of rows that waits until it is let go."""
+    """Another rank's cache in this process, whose prompt is finished piece by piece."""
 
-    def __init__(self, source: Rows) -> None:
-        self.source, self.go = source, threading.Event()
-        self.go.set()
+    def __init__(self, n: int) -> None:
+        self.rows, self.n = rows(1), n
+        self.pages = list(range(-(-n // PAGE)))
+        self.offers = Offers(self.rows)
+        self.offer = self.offers.offer(50, 0, n)
+        self.stalled = threading.Event()
 
-    def open(self, offer: Offer, until: float) -> AbstractContextManager["Memory"]:
-        self.offer = offer
+    def open(self, offer: Offer, have: Sequence[int]) -> AbstractContextManager["Memory"]:
+        if offer.rid != 50:
+            raise Failed("there is no such request")
+        self.have = list(have)
         return nullcontext(self)
 
-    def read(self, layer: int, runs: Iterator[Bytes], until: float) -> Iterator[Bytes]:
-        assert self.go.wait(5)
-        return copy(self.source.runs(layer, self.offer.pages, self.offer.start, self.offer.end), runs)
+    def next(self, go_on: GoOn) -> tuple[Piece, int]:
+        while self.stalled.is_set() or (found := self.offers.next(50, self.have, 0.005)) is None:
+            go_on()
+        self.have[found[0].layer] = found[0].end
+        return found
+
+    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
+        return copy(piece.runs(self.rows), runs)
 
 
 @pytest.fixture
 def memory() -> Memory:
-    return Memory(rows(1))
+    return Memory(5)
 
 
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch, memory: Memory) -> Iterator[Side]:
     side = Side(monkeypatch, memory.open)
     yield side
-    memory.go.set()
     side.handing.close()
-
-
-def offer_of(memory: Memory, n: int, start: int = 0) -> Offer:
-    pages = list(range(-(-n // PAGE)))
-    checks = [memory.source.check(layer, pages, start, n) for layer in range(2)]
-    return Offer(50, pages, PAGE, N_PAGES, start, n, ROW, checks)
 
 
 def reserve(rid: int, n: int = 5) -> Reserve:
     return Reserve(rid, list(range(100, 100 + n)), n, PARAMS)
 
 
-def test_an_adopt_that_is_told_twice_is_done_once(decode: Side, memory: Memory) -> None:
-    decode.handing.take(reserve(1))
-    assert decode.turns(Reserved) == []
-    assert decode.sent.popleft() == Reserved(1, 0)
+def reserved(side: Side) -> None:
+    side.handing.take(reserve(1))
+    assert side.turns(Reserved) == []
+    assert side.sent.popleft() == Reserved(1, 0)
+
+
+def test_rows_come_before_the_first_token_and_what_is_told_twice_is_done_once(decode: Side, memory: Memory) -> None:
+    reserved(decode)
     for _ in range(2):
-        decode.handing.take(Adopt(1, 9, offer_of(memory, 5)))
+        decode.handing.take(Follow(1, memory.offer))
+    memory.offers.wrote(50, 0, 0, 5, memory.pages)
+    until = time.monotonic() + 5
+    while not (decode.rows.memory[: 5 * ROW] == memory.rows.memory[: 5 * ROW]).all():
+        assert decode.handing.turn() == []
+        assert time.monotonic() < until
+    memory.offers.complete(50, memory.pages)
+    for _ in range(2):
+        decode.handing.take(Adopt(1, 9))
     assert decode.turns(Adopted) == [(1, list(range(100, 105)), PARAMS, [9])]
-    decode.handing.take(Adopt(1, 9, offer_of(memory, 5)))
-    assert [type(m) for m in decode.sent] == [Adopted, Gone]
+    assert decode.sent[-1].failure == ""
+    decode.handing.take(Adopt(1, 9))
+    decode.handing.take(Follow(1, memory.offer))
+    assert [type(m) for m in decode.sent] == [Adopted, Gone, Gone]
     assert [r.rid for r in decode.scheduler.running] == [1]
 
 
@@ -121,16 +141,43 @@ def test_pages_are_reserved_for_the_most_urgent_requests_first(decode: Side) -> 
     assert [m.rid for m in decode.sent] == [3, 1, 4]
 
 
-def test_pages_of_a_dropped_request_come_back_when_nothing_is_written_any_more(decode: Side, memory: Memory) -> None:
-    decode.handing.take(reserve(1))
-    decode.turns(Reserved)
-    memory.go.clear()
-    decode.handing.take(Adopt(1, 9, offer_of(memory, 5)))
+def test_a_request_whose_rows_are_all_here_waits_for_its_first_token_alone(decode: Side, memory: Memory) -> None:
+    reserved(decode)
+    memory.offers.complete(50, memory.pages)
+    decode.handing.take(Follow(1, memory.offer))
+    until = time.monotonic() + 5
+    while decode.handing._fetches.fetching(1):  # type: ignore[union-attr]
+        assert decode.handing.turn() == []
+        assert time.monotonic() < until
+    decode.handing.take(Follow(1, memory.offer))
+    decode.handing.take(Adopt(1, 9))
+    assert [rid for rid, *_ in decode.handing.turn()] == [1]
+    assert decode.sent[-1].seconds < 1
+
+
+@pytest.mark.parametrize("adopting", [False, True])
+def test_pages_of_a_dropped_request_come_back_when_nothing_is_written_any_more(
+    decode: Side, memory: Memory, adopting: bool
+) -> None:
+    reserved(decode)
+    writing, go = threading.Event(), threading.Event()
+
+    def read(piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
+        writing.set()
+        assert go.wait(5)
+        return copy(piece.runs(memory.rows), runs)
+
+    memory.read = read  # type: ignore[method-assign]
+    memory.offers.complete(50, memory.pages)
+    decode.handing.take(Follow(1, memory.offer))
+    assert writing.wait(5)
+    if adopting:
+        decode.handing.take(Adopt(1, 9))
     assert decode.handing.drop(1)
     assert decode.handing.turn() == []
     assert decode.n_held == 3
     assert decode.handing.pages == (3, 0)
-    memory.go.set()
+    go.set()
     until = time.monotonic() + 5
     while decode.n_held:
         assert decode.handing.turn() == []
@@ -140,15 +187,30 @@ def test_pages_of_a_dropped_request_come_back_when_nothing_is_written_any_more(d
 
 
 def test_what_cannot_be_fetched_is_computed_here(decode: Side, memory: Memory) -> None:
-    decode.handing.take(reserve(1))
-    decode.turns(Reserved)
-    memory.source.memory[0] ^= 1
-    offer = offer_of(memory, 5)
-    memory.source.memory[0] ^= 1
-    decode.handing.take(Adopt(1, 9, offer))
+    reserved(decode)
+    decode.handing.take(Follow(1, structs.replace(memory.offer, rid=51)))
+    assert decode.handing.turn() == []
+    decode.handing.take(Adopt(1, 9))
     assert decode.turns(Adopted) == [(1, list(range(100, 105)), PARAMS, [9])]
-    assert "checksums" in decode.sent[-1].failure
+    assert decode.sent[-1].failure == "there is no such request"
     assert [s.tokens for s in decode.scheduler.plan().slices] == [(*range(100, 105), 9)]
+
+
+def test_a_prompt_that_nobody_has_offered_is_computed_here(decode: Side) -> None:
+    reserved(decode)
+    decode.handing.take(Adopt(1, 9))
+    assert decode.turns(Adopted) == [(1, list(range(100, 105)), PARAMS, [9])]
+    assert decode.sent[-1].failure == "nobody has offered them"
+
+
+def test_another_rank_goes_on_where_a_lost_one_has_stopped(decode: Side, memory: Memory) -> None:
+    reserved(decode)
+    decode.handing.take(Follow(1, structs.replace(memory.offer, rid=51)))
+    decode.handing.take(Follow(1, memory.offer))
+    memory.offers.complete(50, memory.pages)
+    decode.handing.take(Adopt(1, 9))
+    assert decode.turns(Adopted)
+    assert decode.sent[-1].failure == ""
 
 
 def test_a_reservation_waits_for_room_and_ends_with_its_deadline(decode: Side) -> None:
@@ -166,6 +228,22 @@ def test_a_reservation_waits_for_room_and_ends_with_its_deadline(decode: Side) -
     assert decode.handing.rests is None
 
 
+def test_so_does_a_transfer_that_nobody_follows_up(decode: Side, memory: Memory) -> None:
+    reserved(decode)
+    decode.skipped = handing.RESERVATION - 1
+    decode.handing.take(Follow(1, memory.offer))
+    decode.skipped = handing.RESERVATION + 1
+    assert decode.handing.turn() == []
+    assert decode.n_held == 3
+    decode.skipped = 2 * handing.RESERVATION
+    until = time.monotonic() + 5
+    while decode.n_held:
+        assert decode.handing.turn() == []
+        assert time.monotonic() < until
+    decode.handing.take(Adopt(1, 9))
+    assert decode.sent[-1] == Gone(1)
+
+
 def test_what_can_never_fit_is_refused(decode: Side) -> None:
     decode.handing.take(reserve(1, 40))
     assert [type(m) for m in decode.sent] == [Refused]
@@ -181,39 +259,134 @@ def prefill(monkeypatch: pytest.MonkeyPatch) -> Iterator[Side]:
     side.handing.close()
 
 
+def ready(side: Side) -> list[int]:
+    """Up to which token each layer of the request is finished."""
+    return side.offers._given[1].ready
+
+
+def begin(side: Side, n: int = 5, rid: int = 1) -> Request:
+    req = Request(rid, list(range(100, 100 + n)), 1, frozenset({EOS}))
+    side.scheduler.add(req)
+    side.handing.expect(rid, 2)
+    return req
+
+
+def step(side: Side, layers: Sequence[int] = (0, 1)) -> tuple[StepPlan, Wrote | None]:
+    """One step of which these layers are computed."""
+    plan = side.scheduler.plan()
+    wrote = side.handing.planned(plan)
+    for layer in layers if wrote else ():
+        wrote(plan.slices, layer)  # type: ignore[misc]
+    return plan, wrote
+
+
 def computed(side: Side, token: int = 9) -> Request:
     """A prompt of five tokens whose first token is there."""
-    req = Request(1, list(range(100, 105)), 1, frozenset({EOS}))
-    side.scheduler.add(req)
-    side.handing.expect(1, 2)
-    assert side.scheduler.commit(side.scheduler.plan(), {1: token}) == [req]
+    req = begin(side)
+    assert side.scheduler.commit(step(side)[0], {1: token}) == [req]
     return req
+
+
+def test_a_prompt_is_offered_with_its_first_step_and_finished_layer_by_layer(prefill: Side) -> None:
+    prefill.scheduler.max_step_tokens = 3
+    begin(prefill)
+    plan, wrote = step(prefill, [])
+    (offered,) = prefill.sent
+    assert isinstance(offered, Offered)
+    assert (offered.rid, offered.offer.start, offered.offer.end) == (1, 2, 5)
+    assert wrote is not None
+    assert ready(prefill) == [2, 2]
+    wrote(plan.slices, 0)
+    assert ready(prefill) == [3, 2]
+    wrote(plan.slices, 1)
+    assert prefill.handing.pages == (0, 2)
+    step(prefill)
+    assert ready(prefill) == [5, 5]
+    assert len(prefill.sent) == 1
+
+
+def test_steps_that_nobody_waits_for_tell_nothing(prefill: Side) -> None:
+    assert step(prefill)[1] is None
+    prefill.scheduler.add(Request(7, [1, 2, 3], 2))
+    assert step(prefill)[1] is None
+    begin(prefill)
+    assert prefill.handing.planned(StepPlan()) is None
+
+
+def test_nothing_is_offered_of_a_request_that_has_lost_its_pages_until_it_runs_again(prefill: Side) -> None:
+    """It is preempted while a step that was planned before still runs."""
+    prefill.scheduler.max_step_tokens = 4
+    older = Request(7, list(range(9)), 7)
+    prefill.scheduler.add(older)
+    while older.done < 9:
+        prefill.scheduler.commit(step(prefill)[0], {7: 3})
+    begin(prefill, n=6)
+    plan, running = step(prefill, [0])
+    assert ready(prefill)[0] > 2
+    while prefill.scheduler.live[1].pages:
+        prefill.scheduler.commit(plan, {7: 3})
+        plan, _ = step(prefill, [])
+    assert ready(prefill) == [2, 2]
+    assert running is not None
+    running([Slice(1, (100,), 0, (0, 1, 2), False)], 1)
+    assert ready(prefill) == [2, 2]
+    assert prefill.handing.drop(1) is False
+    prefill.scheduler.abort(1)
+
+
+def test_nothing_is_offered_of_steps_that_were_taken_back(prefill: Side) -> None:
+    begin(prefill)
+    plan, wrote = step(prefill, [0])
+    prefill.scheduler.undo(plan)
+    prefill.handing.rolled_back()
+    assert wrote is not None
+    wrote(plan.slices, 1)
+    assert ready(prefill) == [2, 2]
+    step(prefill)
+    assert ready(prefill) == [5, 5]
+    assert len(prefill.sent) == 1
 
 
 def test_pages_of_a_computed_prompt_are_held_until_they_are_dropped(prefill: Side) -> None:
     req = computed(prefill)
     assert prefill.handing.hold(req, Token(1, 9, "length", None, [], 0))
-    prefill.turns(Offered)
-    (offered,) = prefill.sent
-    assert offered.token == Token(1, 9)
-    assert (offered.offer.start, offered.offer.end, offered.offer.pages) == (2, 5, req.pages)
+    assert prefill.sent[-1] == Computed(Token(1, 9))
+    assert prefill.offers.next(1, [2, 2], 0)[0].pages == tuple(req.pages[1:])  # type: ignore[index]
     assert prefill.handing.pages == (0, 3)
     assert prefill.handing.drop(1)
     assert prefill.n_held == 0
     assert prefill.handing.rests is None
+    with pytest.raises(Withdrawn):
+        prefill.offers.next(1, [2, 2], 0)
 
 
 def test_a_lease_that_nobody_ends_ends(prefill: Side) -> None:
     assert prefill.handing.hold(computed(prefill), Token(1, 9, "length"))
-    prefill.turns(Offered)
     prefill.skipped = handing.LEASE + 1
     prefill.handing.turn()
     assert prefill.n_held == 0
     assert not prefill.handing.drop(1)
+    with pytest.raises(Withdrawn):
+        prefill.offers.end(1)
 
 
 def test_what_ends_with_its_first_token_is_not_held(prefill: Side) -> None:
     req = computed(prefill, EOS)
     assert not prefill.handing.hold(req, Token(1, EOS, "stop"))
     prefill.scheduler.release(req)
+    assert prefill.n_held == 0
+    assert prefill.handing.pages == (0, 0)
+    with pytest.raises(Withdrawn):
+        prefill.offers.end(1)
+
+
+def test_a_request_that_is_dropped_while_it_is_computed_is_offered_no_more(prefill: Side) -> None:
+    begin(prefill)
+    plan, wrote = step(prefill, [0])
+    assert not prefill.handing.drop(1)
+    assert prefill.scheduler.abort(1)
+    assert wrote is not None
+    wrote(plan.slices, 1)
+    with pytest.raises(Withdrawn):
+        prefill.offers.attempt(1)
     assert prefill.n_held == 0

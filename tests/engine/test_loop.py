@@ -11,6 +11,7 @@ from brigade.core.pages import PagePool
 from brigade.core.scheduler import Scheduler, StepPlan
 from brigade.engine.loop import Loop
 from brigade.engine.messages import Abort, Add, Logprob, Ping, Pong, Refused, Stats, Step, Token
+from brigade.engine.worker import Wrote
 from brigade.model.sampling import BROKEN, Choice
 from brigade.spec.sampling import SamplingParams
 
@@ -34,7 +35,7 @@ class FakeWorker:
     def forget(self, rid: int) -> None:
         del self.n_new[rid]
 
-    def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
+    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
         self.ran.append(plan)
         assert {s.rid for s in plan.slices} <= set(self.n_new), "a step has a request that the worker does not know"
         choices = {}
@@ -236,7 +237,7 @@ def test_cached_prompt_tokens_are_told(depth: int) -> None:
 @both_depths
 def test_a_worker_that_fails_ends_the_loop(depth: int) -> None:
     class Broken(FakeWorker):
-        def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
+        def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
             raise RuntimeError("out of memory")
 
     channel = FakeChannel({0: [add(1, max_tokens=2)]})
@@ -248,7 +249,7 @@ def test_a_worker_that_fails_ends_the_loop(depth: int) -> None:
 @pytest.mark.parametrize(("asked", "got"), [(1, {1}), (2, {2}), (0, {1, 2})])
 def test_steps_run_in_as_many_micro_batches_as_asked_for_or_both_ways_are_tried(asked: int, got: set[int]) -> None:
     class Counting(FakeWorker):
-        def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
+        def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
             ran.add(n)
             return super().run(plan)
 

@@ -12,6 +12,7 @@ from brigade.core.pages import PagePool
 from brigade.core.scheduler import Scheduler, StepPlan
 from brigade.engine.loop import Loop
 from brigade.engine.messages import Abort, Form, Lost, Ping, Pong, Ready, Step, Token, Wake
+from brigade.engine.worker import Wrote
 from brigade.model.sampling import Choice
 from tests.engine.test_loop import FakeWorker, add, both_depths
 
@@ -57,7 +58,7 @@ class LosingWorker(FakeWorker):
         super().__init__({})
         self.losses, self.n_runs = losses, 0
 
-    def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
+    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
         self.n_runs += 1
         if self.n_runs in self.losses:
             raise PeerLost([1], "was killed")
@@ -189,7 +190,7 @@ def test_a_step_behind_one_that_was_given_up_is_not_run() -> None:
 @both_depths
 def test_a_worker_that_fails_while_others_are_lost_ends_the_loop(depth: int) -> None:
     class Broken(LosingWorker):
-        def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
+        def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
             raise RuntimeError("out of memory")
 
     channel = FakeSupervisor({0: [add(1, max_tokens=2)]}, [])

@@ -1,17 +1,21 @@
-"""The way of a prompt's cache rows between two ranks: offered by one, fetched by the other. Decides nothing.
+"""The way of a prompt's cache rows, while it is computed, to the rank that goes on with it. Decides nothing.
 
-1. The rank that has computed a prompt calls `Offers.offer`; checksums are made in the background, and `poll` gives the
-   Offer, which is told to the other rank as a message.
-2. That rank calls `Fetches.fetch` with pages of its own. Rows are copied in the background, layer by layer, and each
-   layer is checked; a bad one is fetched once more.
-3. `Fetches.poll` says that all rows are there, or why they are not: also when the other side says nothing at all, at a
-   deadline that is this side's own. Until then the pages are being written, also after `stop`.
-4. The first rank keeps the pages until it is told, or until its lease ends. Whoever reads them after that finds that
+1. The rank that computes a prompt calls `Offers.offer` when it begins. The Offer is told to the other rank.
+2. That rank calls `Fetches.fetch` with pages of its own. It hears of every piece of a layer that is finished, copies it
+   in the background, and checks it; a bad piece is fetched again.
+3. Whatever goes wrong before the prompt is computed costs nothing yet: it is tried again from where it stopped, also
+   from another rank (`move`) when the first one is lost.
+4. `hurry` when the first token is there, which means that all rows are finished: from then on there is a deadline, and
+   two more tries.
+5. `Fetches.poll` says that all rows are there, or why they are not. Until then the pages are being written, also after
+   `stop`.
+6. The first rank keeps the pages until it is told, or until its lease ends. Whoever reads them after that finds that
    the checksums differ.
 
-What differs between links is how the rows of a layer get here: a `Source`.
+What differs between links is how the rows of a piece get here: a `Source`.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,28 +26,44 @@ from typing import NamedTuple, Protocol
 import xxhash
 
 from brigade.comm.kv.offer import Offer
-from brigade.comm.kv.rows import Bytes, Rows
+from brigade.comm.kv.rows import Bytes, Piece, Rows
+
+log = logging.getLogger("brigade.kv")
 
 TRIES = 2
-"""How often a layer is fetched before the transfer fails."""
-_AT_ONCE = 4
-"""Transfers of one rank that run at the same time: one that stalls does not hold up the others."""
+"""How often a transfer may go wrong, once all rows are finished, before it fails."""
+_PAUSE = 0.25
+"""Seconds before it is tried again, while the rows are not finished."""
+_AT_ONCE = 64
+"""Transfers of one rank that run at the same time: most of them wait for the other side to compute."""
 
 
 class Failed(ConnectionError):
     """The rows cannot be had from there."""
 
 
+class Moved(Exception):
+    """Another rank has the rows now."""
+
+
+GoOn = Callable[[], None]
+"""Raises what ends the wait for the other side: Moved, Failed, TimeoutError. Called at least ten times a second."""
+
+
 class Source(Protocol):
     """Where the rows of one offer come from."""
 
-    def read(self, layer: int, runs: Iterator[Bytes], until: float) -> Iterator[Bytes]:
-        """Fill `runs` with the rows of a layer; gives each run when it is full. Raises Failed, OSError."""
+    def next(self, go_on: GoOn) -> tuple[Piece, int]:
+        """Wait for a finished piece and its checksum. Raises Failed, OSError, and what `go_on` does."""
+        ...
+
+    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
+        """Fill `runs` with the rows of the piece that came last; gives each run when it is full. Raises as `next`."""
         ...
 
 
-Open = Callable[[Offer, float], AbstractContextManager[Source]]
-"""Opens the source of an offer, before a time. Raises Failed, OSError."""
+Open = Callable[[Offer, Sequence[int]], AbstractContextManager[Source]]
+"""Opens the source of an offer, for one who has each layer's rows before these tokens. Raises Failed, OSError."""
 
 
 class Fetched(NamedTuple):
@@ -53,74 +73,67 @@ class Fetched(NamedTuple):
     """The number of the request on the rank that fetched."""
     failure: str
     """Why the rows are not there; empty: they are, and every checksum is right."""
-    seconds: float
 
 
-class Offers:
-    """The side that has rows to give."""
+class _Transfer:
+    """What one thread copies, and how it is told what others want of it."""
 
-    def __init__(self, rows: Rows, file: int = -1, address: str = "") -> None:
-        self.rows, self.file, self.address = rows, file, address
-        self._open: dict[int, Offer] = {}
-        self._making: dict[int, Future[Offer]] = {}
-        self._behind = ThreadPoolExecutor(1, "kv-offers")
+    def __init__(self, offer: Offer, pages: Sequence[int], start: int) -> None:
+        self.offer, self.pages = offer, list(pages)
+        self.have = [start] * offer.n_layers
+        self.until: float | None = None
+        """When it has failed; None: the rows are not finished yet."""
+        self.done: Future[None]
+        self._wake, self._moved, self._stopped = threading.Event(), False, False
 
     @property
-    def pending(self) -> bool:
-        """Whether `poll` will have something soon."""
-        return bool(self._making)
+    def complete(self) -> bool:
+        return all(have >= self.offer.end for have in self.have)
 
-    def offer(self, rid: int, pages: Sequence[int], start: int, end: int) -> None:
-        """The rows of tokens start..end are complete and stay where they are until `withdraw`."""
-        self._making[rid] = self._behind.submit(self._make, rid, list(pages), start, end)
+    @property
+    def over(self) -> bool:
+        return self._stopped or (self.until is not None and time.monotonic() > self.until)
 
-    def poll(self) -> list[Offer]:
-        """Offers that can be told now."""
-        ready = [rid for rid, making in self._making.items() if making.done()]
-        out = []
-        for rid in ready:
-            offer = self._making.pop(rid).result()
-            self._open[rid] = offer
-            out.append(offer)
-        return out
+    def move(self, offer: Offer) -> None:
+        self.offer, self._moved = offer, True
+        self._wake.set()
 
-    def get(self, rid: int) -> Offer | None:
-        """For a server's threads: an offer that still stands."""
-        return self._open.get(rid)
+    def stop(self) -> None:
+        self._stopped = True
+        self._wake.set()
 
-    def withdraw(self, rid: int) -> None:
-        """Nobody may read these rows any more. Harmless for what was never offered."""
-        self._open.pop(rid, None)
-        if making := self._making.pop(rid, None):
-            making.cancel()
+    def hurry(self, until: float) -> None:
+        self.until = until
+        self._wake.set()
 
-    def close(self) -> None:
-        self._behind.shutdown(cancel_futures=True)
+    def begin(self) -> Offer:
+        """The offer that holds now."""
+        self._moved = False
+        self._wake.clear()
+        return self.offer
 
-    def _make(self, rid: int, pages: list[int], start: int, end: int) -> Offer:
-        checks = [self.rows.check(layer, pages, start, end) for layer in range(self.rows.n_layers)]
-        r = self.rows
-        return Offer(rid, pages, r.page, r.n_pages, start, end, r.row_bytes, checks, self.file, self.address)
+    def go_on(self) -> None:
+        if self._stopped:
+            raise Failed("it was stopped")
+        if self._moved:
+            raise Moved
+        if self.over:
+            raise TimeoutError("the rows did not come in time")
 
-
-class _Transfer(NamedTuple):
-    done: Future[None]
-    stopped: threading.Event
-    began: float
+    def pause(self) -> None:
+        """Before another try: none once the rows are finished, or when something has changed."""
+        if self.until is None:
+            self._wake.wait(_PAUSE)
 
 
 class Fetches:
     """The side that wants rows."""
 
     def __init__(self, rows: Rows, open_source: Open, deadline: float) -> None:
-        """`deadline`: seconds after which a transfer has failed, whatever the other side does."""
+        """`deadline`: seconds after `hurry` when a transfer has failed, whatever the other side does."""
         self.rows, self._open, self._deadline = rows, open_source, deadline
         self._running: dict[int, _Transfer] = {}
         self._behind = ThreadPoolExecutor(_AT_ONCE, "kv-fetches")
-
-    @property
-    def pending(self) -> bool:
-        return bool(self._running)
 
     def fetch(self, rid: int, offer: Offer, pages: Sequence[int], start: int) -> None:
         """Copy the offered rows from token `start` on, where they must begin, into `pages` of the own cache.
@@ -129,62 +142,82 @@ class Fetches:
         """
         if rid in self._running:
             raise ValueError(f"request {rid} is being fetched already")
-        stopped, began = threading.Event(), time.monotonic()
-        done = self._behind.submit(self._fetch, offer, list(pages), start, began + self._deadline, stopped)
-        self._running[rid] = _Transfer(done, stopped, began)
+        transfer = self._running[rid] = _Transfer(offer, pages, start)
+        transfer.done = self._behind.submit(self._run, transfer, start)
 
     def fetching(self, rid: int) -> bool:
         """Whether pages of this request are being written: then they must stay its own."""
         return rid in self._running
 
-    def stop(self, rid: int) -> None:
-        """End a transfer after the run that it waits for, at the latest at its deadline; `poll` says when nothing is
-        written any more."""
+    def move(self, rid: int, offer: Offer) -> None:
+        """Go on from another rank, which computes the prompt anew. Harmless for what is not being fetched."""
+        if (transfer := self._running.get(rid)) and transfer.offer != offer:
+            transfer.move(offer)
+
+    def hurry(self, rid: int) -> None:
+        """All rows are finished: the deadline begins. Harmless for what is not being fetched."""
         if transfer := self._running.get(rid):
-            transfer.stopped.set()
+            transfer.hurry(time.monotonic() + self._deadline)
+
+    def stop(self, rid: int) -> None:
+        """End a transfer soon; `poll` says when nothing is written any more."""
+        if transfer := self._running.get(rid):
+            transfer.stop()
 
     def poll(self) -> list[Fetched]:
         """Transfers that have ended, each once."""
-        ended = [rid for rid, transfer in self._running.items() if transfer.done.done()]
-        return [self._end(rid) for rid in ended]
+        return [self._end(rid) for rid in [rid for rid, transfer in self._running.items() if transfer.done.done()]]
 
     def close(self) -> None:
-        """Waits for transfers, which end at the latest at their deadline."""
+        """Ends all transfers, and waits until nothing is written any more."""
         for transfer in self._running.values():
-            transfer.stopped.set()
+            transfer.stop()
         self._behind.shutdown(cancel_futures=True)
 
     def _end(self, rid: int) -> Fetched:
-        done, _, began = self._running.pop(rid)
-        error = done.exception()
+        error = self._running.pop(rid).done.exception()
         if error is not None and not isinstance(error, (OSError, ValueError)):
             raise error
-        return Fetched(rid, "" if error is None else str(error) or type(error).__name__, time.monotonic() - began)
+        return Fetched(rid, "" if error is None else str(error) or type(error).__name__)
 
-    def _fetch(self, offer: Offer, pages: list[int], start: int, until: float, stopped: threading.Event) -> None:
+    def _run(self, transfer: _Transfer, start: int) -> None:
+        n_bad = 0
+        while True:
+            offer = transfer.begin()
+            self._check(offer, start, len(transfer.have))
+            try:
+                self._follow(offer, transfer)
+                return
+            except Moved:
+                continue
+            except (OSError, ValueError) as e:
+                n_bad += transfer.until is not None
+                if n_bad >= TRIES or transfer.over:
+                    raise
+                log.info("rows of request %d of %s: %s; trying again", offer.rid, offer.address, e)
+            transfer.pause()
+
+    def _check(self, offer: Offer, start: int, n_layers: int) -> None:
         r = self.rows
-        if (offer.start, offer.row_bytes, len(offer.checks)) != (start, r.row_bytes, r.n_layers):
+        if (offer.start, offer.row_bytes, offer.n_layers) != (start, r.row_bytes, r.n_layers) or n_layers != r.n_layers:
             raise Failed(
-                f"rows of {offer.row_bytes} bytes in {len(offer.checks)} layers from token {offer.start} on are "
+                f"rows of {offer.row_bytes} bytes in {offer.n_layers} layers from token {offer.start} on are "
                 f"offered; wanted are {r.row_bytes} bytes, {r.n_layers} layers, from {start} on"
             )
-        bad = list(range(r.n_layers))
-        for _ in range(TRIES):  # each time with a new source: what made one wrong must not stay
-            with self._open(offer, until) as source:
-                bad = [x for x in bad if not self._layer(source, offer, pages, x, until, stopped)]
-            if not bad:
-                return
-        raise Failed(f"the checksums of layers {bad} are wrong, also after {TRIES} tries")
 
-    def _layer(
-        self, source: Source, offer: Offer, pages: list[int], layer: int, until: float, stopped: threading.Event
-    ) -> bool:
-        """Fetch one layer; whether its checksum is right."""
-        hashed = xxhash.xxh3_64()
-        for run in source.read(layer, self.rows.runs(layer, pages, offer.start, offer.end), until):
-            hashed.update(run.data)
-            if stopped.is_set():
-                raise Failed("it was stopped")
-            if time.monotonic() > until:
-                raise TimeoutError(f"it took longer than {self._deadline:g} s")
-        return hashed.intdigest() == offer.checks[layer]
+    def _follow(self, offer: Offer, transfer: _Transfer) -> None:
+        """Copy pieces as they are finished, until all rows are there."""
+        have = transfer.have
+        with self._open(offer, have) as source:
+            while not transfer.complete:
+                piece, check = source.next(transfer.go_on)
+                layer, start, end, _ = piece
+                if not (layer < len(have) and start == have[layer] < end <= offer.end):
+                    raise Failed(f"tokens {start} to {end} of layer {layer} come out of turn")
+                hashed = xxhash.xxh3_64()
+                for run in source.read(piece, self.rows.runs(layer, transfer.pages, start, end), transfer.go_on):
+                    hashed.update(run.data)
+                    transfer.go_on()
+                if hashed.intdigest() != check:
+                    raise Failed(f"the checksum of tokens {start} to {end} of layer {layer} is wrong")
+                have[layer] = end

@@ -4,21 +4,21 @@ import msgspec
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """Where the rows of tokens start..end of a prompt lie in the cache of the rank that computed it."""
+    """Rows of tokens start..end of a prompt can be had from the rank that computes it, as soon as they are finished.
+
+    Which are, and in which pages, is told on the link.
+    """
 
     rid: int
     """The number of the request on that rank."""
-    pages: list[int]
-    """Page table of the whole prompt."""
-    page: int
-    n_pages: int
-    """Pages of that cache."""
     start: int
     end: int
+    page: int
+    n_pages: int
+    """Pages of that rank's cache."""
+    n_layers: int
     row_bytes: int
-    checks: list[int]
-    """Checksum of those rows, by layer."""
+    address: str
+    """"host:port" where the rank tells what is finished."""
     file: int = -1
     """Number of the shared memory that holds the cache; -1: it is not shared."""
-    address: str = ""
-    """"host:port" where the rows can be fetched; empty: nowhere."""

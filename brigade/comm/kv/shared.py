@@ -1,19 +1,22 @@
 """KV rows on one host: the cache of a rank that offers lies in a file without a name, which others of the host map.
 
-The only copy is the one into the own cache. The file is never made smaller, so a mapped row stays readable whatever
-becomes of the rank; whether it still is the right one, its checksum says.
+What is finished is told over a connection on the loopback; the rows themselves are copied once, from the mapped memory
+into the own cache. The file is never made smaller, so a mapped row stays readable whatever becomes of the rank; whether
+it still is the right one, its checksum says.
 """
 
+import contextlib
 import mmap
 import os
+import socket
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from brigade.comm.kv.link import Failed
+from brigade.comm.kv.link import Failed, GoOn
 from brigade.comm.kv.offer import Offer
-from brigade.comm.kv.rows import Bytes, Rows, copy
+from brigade.comm.kv.rows import Bytes, Piece, Rows, copy
+from brigade.comm.kv.tcp import Caller, Connected
 
 
 def create() -> int:
@@ -25,28 +28,30 @@ def create() -> int:
 class SharedCaches:
     """The caches of this host's ranks, by number; opens offers that lie in them."""
 
-    def __init__(self, files: Sequence[int]) -> None:
+    def __init__(self, files: Sequence[int], caller: Caller) -> None:
         """`files`: of all ranks; -1 for those of other hosts."""
-        self._files = list(files)
+        self._files, self._caller = list(files), caller
         self._mapped: dict[int, Bytes] = {}
 
     def has(self, file: int) -> bool:
         """Whether a cache lies in memory of this host."""
         return 0 <= file < len(self._files) and self._files[file] >= 0
 
-    def open(self, offer: Offer, until: float) -> AbstractContextManager["_Mapped"]:
-        """The source of an offer. Raises Failed."""
-        del until  # memory does not keep anybody waiting
+    @contextlib.contextmanager
+    def open(self, offer: Offer, have: Sequence[int]) -> Iterator["_Mapped"]:
+        """The source of an offer. Raises Failed, OSError."""
         if not self.has(offer.file):
             raise Failed(f"shared memory {offer.file} is not known here; there are {len(self._files)}")
-        memory = self._map(offer.file)
-        size = len(offer.checks) * offer.n_pages * offer.page * offer.row_bytes
+        memory = self.map(offer.file)
+        size = offer.n_layers * offer.n_pages * offer.page * offer.row_bytes
         if not 0 < size <= memory.size:
             raise Failed(f"shared memory {offer.file} has {memory.size} bytes, the offered cache {size}")
-        rows = Rows(memory[:size], len(offer.checks), offer.page, offer.row_bytes)
-        return nullcontext(_Mapped(rows, offer))
+        rows = Rows(memory[:size], offer.n_layers, offer.page, offer.row_bytes)
+        with self._caller.connect(offer, have, with_rows=False) as sock:
+            yield _Mapped(sock, offer, self._caller.silence, rows)
 
-    def _map(self, file: int) -> Bytes:
+    def map(self, file: int) -> Bytes:
+        """All of a cache, to read. Raises Failed if there is none yet."""
         fd = self._files[file]
         size = os.fstat(fd).st_size
         known = self._mapped.get(file)
@@ -57,11 +62,13 @@ class SharedCaches:
         return known
 
 
-class _Mapped:
-    def __init__(self, rows: Rows, offer: Offer) -> None:
-        self._rows, self._offer = rows, offer
+class _Mapped(Connected):
+    with_rows = False
 
-    def read(self, layer: int, runs: Iterator[Bytes], until: float) -> Iterator[Bytes]:
-        del until
-        o = self._offer
-        return copy(self._rows.runs(layer, o.pages, o.start, o.end), runs)
+    def __init__(self, sock: socket.socket, offer: Offer, silence: float, rows: Rows) -> None:
+        super().__init__(sock, offer, silence)
+        self._rows = rows
+
+    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
+        del go_on  # memory does not keep anybody waiting
+        return copy(piece.runs(self._rows), runs)

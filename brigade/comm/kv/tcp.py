@@ -1,9 +1,12 @@
-"""KV rows over TCP, for ranks that share no memory: authenticated by the fleet's secret, no pickle, bounded frames.
+"""Over TCP: what is finished of an offer, and the rows themselves for ranks that share no memory. Authenticated by the
+fleet's secret, no pickle, bounded frames.
 
-    caller                                  the rank that offers
+    caller                                      the rank that offers
       handshake (brigade.comm.handshake)
-      request: offer, layer           ──►
-                                      ◄──   answer: bytes that follow, then the rows; 0 bytes: it is not offered
+      follow: offer, what it has of each layer, whether rows are to come here ──►
+                                          ◄──   piece: layer, tokens, checksum, then its rows or its page table
+                                          ◄──   beat, while nothing more is finished
+                                          ◄──   gone: it is not offered any more
       ...
       closes
 
@@ -20,22 +23,31 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from brigade.comm.handshake import Hello, Refused, answer, call, welcome
-from brigade.comm.kv.link import Failed, Offers
+from brigade.comm.kv.link import Failed, GoOn
 from brigade.comm.kv.offer import Offer
-from brigade.comm.kv.rows import Bytes
+from brigade.comm.kv.offers import Offers, Withdrawn
+from brigade.comm.kv.rows import Bytes, Piece
 from brigade.comm.meeting import listen
 
 log = logging.getLogger("brigade.kv")
 
-_REQUEST = struct.Struct("!QI")
-_ANSWER = struct.Struct("!Q")
+_FOLLOW = struct.Struct("!QB")
+_PIECE = struct.Struct("!IIIQ")
+_BEAT, _GONE = 0xFFFFFFFF, 0xFFFFFFFE
+"""In place of a layer."""
 _CALL_S = 5.0
 """Seconds for a connection and its handshake."""
-_MAX_CALLERS = 64
+BEAT_S = 1.0
+"""Seconds between two signs of life while nothing more is finished."""
+SILENCE_S = 5.0
+"""Seconds without a byte after which the other side counts as lost."""
+_TICK_S = 0.05
+"""Seconds between two looks at what others want of a transfer that waits."""
+_MAX_CALLERS = 256
 _PIECES = 64
 """Runs that one system call sends."""
 
@@ -46,11 +58,11 @@ def _hello(n_layers: int, row_bytes: int) -> Hello:
 
 
 class KvServer:
-    """Gives out what a rank offers. Threads of its own; `close` ends them."""
+    """Tells what a rank has finished, and gives it out. Threads of its own; `close` ends them."""
 
     def __init__(self, offers: Offers, host: str, secret: bytes, deadline: float) -> None:
         """`deadline`: seconds that a caller may let a send wait. Raises OSError if nobody can listen there."""
-        self._offers, self._secret, self._deadline = offers, secret, deadline
+        self._offers, self._secret, self._deadline, self.beat = offers, secret, deadline, BEAT_S
         self._listener = listen(host)
         port = self._listener.getsockname()[1]
         self.address = f"{host}:{port}"
@@ -80,7 +92,7 @@ class KvServer:
                 if not full:
                     self._callers.add(sock)
             if full:
-                sock.close()  # the caller's transfer fails, and its rank computes the prompt itself
+                sock.close()  # the caller tries again
                 continue
             threading.Thread(target=self._serve, args=(sock,), name="kv-caller", daemon=True).start()
 
@@ -93,93 +105,127 @@ class KvServer:
                 welcome(sock, until)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.settimeout(self._deadline)
-                while request := _receive(sock, _REQUEST.size):
-                    self._answer(sock, *_REQUEST.unpack(request))
+                rid, with_rows = _FOLLOW.unpack(_receive(sock, _FOLLOW.size))
+                have = list(struct.unpack(f"!{rows.n_layers}I", _receive(sock, 4 * rows.n_layers)))
+                self._give(sock, rid, bool(with_rows), have)
         except (Refused, OSError, ValueError) as e:
             log.info("a caller for KV rows has gone: %s", e)
         finally:
             with self._lock:
                 self._callers.discard(sock)
 
-    def _answer(self, sock: socket.socket, rid: int, layer: int) -> None:
-        offer, rows = self._offers.get(rid), self._offers.rows
-        if offer is None or layer >= rows.n_layers:
-            sock.sendall(_ANSWER.pack(0))
-            return
-        sock.sendall(_ANSWER.pack((offer.end - offer.start) * rows.row_bytes))
-        runs = rows.runs(layer, offer.pages, offer.start, offer.end)
-        while some := deque(islice(runs, _PIECES)):
-            _send(sock, some)
+    def _give(self, sock: socket.socket, rid: int, with_rows: bool, have: list[int]) -> None:
+        """All that is finished, in the order in which it is, until the caller has everything or goes."""
+        try:
+            end = self._offers.end(rid)
+            while any(h < end for h in have):
+                if (found := self._offers.next(rid, have, self.beat)) is None:
+                    sock.sendall(_PIECE.pack(_BEAT, 0, 0, 0))
+                    continue
+                piece, check = found
+                head = _PIECE.pack(piece.layer, piece.start, piece.end, check)
+                if with_rows:
+                    _send(sock, head, piece.runs(self._offers.rows))
+                else:
+                    sock.sendall(head + struct.pack(f"!{len(piece.pages)}I", *piece.pages))
+                have[piece.layer] = piece.end
+        except Withdrawn:
+            sock.sendall(_PIECE.pack(_GONE, 0, 0, 0))
 
 
 class Caller:
-    """Opens offers of other ranks over TCP."""
+    """Opens offers of other ranks."""
 
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
+    def __init__(self, secret: bytes, silence: float = SILENCE_S) -> None:
+        self._secret, self.silence = secret, silence
 
     @contextlib.contextmanager
-    def open(self, offer: Offer, until: float) -> Iterator["_Connected"]:
-        """The source of an offer. Raises Failed, OSError."""
+    def open(self, offer: Offer, have: Sequence[int]) -> Iterator["Connected"]:
+        """The source of an offer, whose rows come over this connection. Raises Failed, OSError."""
+        with self.connect(offer, have, with_rows=True) as sock:
+            yield Connected(sock, offer, self.silence)
+
+    @contextlib.contextmanager
+    def connect(self, offer: Offer, have: Sequence[int], with_rows: bool) -> Iterator[socket.socket]:
+        """Follow an offer. Raises Failed, OSError."""
         host, _, port = offer.address.rpartition(":")
         if not host:
             raise Failed("the offer names no address")
-        left = min(until - time.monotonic(), _CALL_S)
-        if left <= 0:
-            raise TimeoutError("no time is left to connect")
-        with socket.create_connection((host, int(port)), left) as sock:
-            call(sock, _hello(len(offer.checks), offer.row_bytes), self._secret, time.monotonic() + left)
+        patience = min(_CALL_S, self.silence)
+        with socket.create_connection((host, int(port)), patience) as sock:
+            call(sock, _hello(offer.n_layers, offer.row_bytes), self._secret, time.monotonic() + patience)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            yield _Connected(sock, offer)
+            sock.sendall(_FOLLOW.pack(offer.rid, with_rows) + struct.pack(f"!{len(have)}I", *have))
+            sock.settimeout(_TICK_S)
+            yield sock
 
 
-class _Connected:
-    def __init__(self, sock: socket.socket, offer: Offer) -> None:
-        self._sock, self._offer, self._asked = sock, offer, 0
+class Connected:
+    """Rows that come over the connection which tells of them."""
 
-    def read(self, layer: int, runs: Iterator[Bytes], until: float) -> Iterator[Bytes]:
-        o = self._offer
-        want = (o.end - o.start) * o.row_bytes
-        self._patience(until)
-        self._sock.sendall(_REQUEST.pack(o.rid, layer))
-        (n,) = _ANSWER.unpack(_receive(self._sock, _ANSWER.size) or _ANSWER.pack(0))
-        if n != want:
-            raise Failed("it is not offered any more" if not n else f"{n} bytes come where {want} are wanted")
+    with_rows = True
+
+    def __init__(self, sock: socket.socket, offer: Offer, silence: float) -> None:
+        self._sock, self._offer, self._silence = sock, offer, silence
+
+    def next(self, go_on: GoOn) -> tuple[Piece, int]:
+        head = bytearray(_PIECE.size)
+        while True:
+            self._fill(memoryview(head), go_on)
+            layer, start, end, check = _PIECE.unpack(head)
+            if layer == _GONE:
+                raise Failed("it is not offered any more")
+            if layer != _BEAT:
+                return Piece(layer, start, end, self._pages(start, end, go_on)), check
+
+    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
+        del piece
         for run in runs:
-            view = run.data
-            while view:
-                self._patience(until)
-                got = self._sock.recv_into(view)
-                if not got:
-                    raise Failed("the other side closed the connection")
-                view = view[got:]
+            self._fill(run.data, go_on)
             yield run
 
-    def _patience(self, until: float) -> None:
-        left = until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the other side is silent")
-        self._sock.settimeout(left)
+    def _pages(self, start: int, end: int, go_on: GoOn) -> tuple[int, ...]:
+        """Those of a piece, where its rows do not come here."""
+        if self.with_rows:
+            return ()
+        if not start < end <= self._offer.end:
+            raise Failed(f"tokens {start} to {end} are not offered")
+        table = bytearray(4 * (-(-end // self._offer.page) - start // self._offer.page))
+        self._fill(memoryview(table), go_on)
+        return struct.unpack(f"!{len(table) // 4}I", table)
+
+    def _fill(self, view: memoryview, go_on: GoOn) -> None:
+        """Exactly so many bytes. Raises Failed when the other side closes or is silent for too long."""
+        heard = time.monotonic()
+        while view:
+            go_on()
+            try:
+                n = self._sock.recv_into(view)
+            except TimeoutError:
+                if time.monotonic() - heard > self._silence:
+                    raise Failed(f"{self._offer.address} was silent for {self._silence:g} s") from None
+                continue
+            if not n:
+                raise Failed("the other side closed the connection")
+            view, heard = view[n:], time.monotonic()
 
 
 def _receive(sock: socket.socket, n: int) -> bytes:
-    """n bytes, or none if the other side has closed the connection before the first."""
     out = b""
     while len(out) < n:
         some = sock.recv(n - len(out))
         if not some:
-            if out:
-                raise ConnectionError("the other side closed the connection in the middle of a message")
-            return b""
+            raise ConnectionError("the caller closed the connection")
         out += some
     return out
 
 
-def _send(sock: socket.socket, runs: deque[Bytes]) -> None:
-    """All bytes of all runs, straight from where they are."""
-    while runs:
-        sent = sock.sendmsg([run.data for run in runs])
-        while runs and sent >= runs[0].size:
-            sent -= runs.popleft().size
-        if runs:
-            runs[0] = runs[0][sent:]
+def _send(sock: socket.socket, head: bytes, runs: Iterator[Bytes]) -> None:
+    """The head, and all bytes of all runs straight from where they are."""
+    todo = deque([memoryview(head), *(run.data for run in runs)])
+    while todo:
+        sent = sock.sendmsg(list(islice(todo, _PIECES)))
+        while todo and sent >= todo[0].nbytes:
+            sent -= todo.popleft().nbytes
+        if sent:
+            todo[0] = todo[0][sent:]
