@@ -5,7 +5,8 @@
 The defaults are a prompt of 4,096 tokens of the 1.26 B checkpoint of the tables (bench.make_checkpoint): 12 layers of
 512 + 64 numbers in bf16. All rows are finished at one moment, when the transfer follows the offer already, as it does
 while a prompt is computed; the time is from there to the last checksum. The plain copy is one numpy copy out of the
-shared memory, and for TCP a loop of `sendall` and `recv_into` over a loopback connection that is there already. Each
+shared memory, and for TCP and NIXL (if it is installed) a loop of `sendall` and `recv_into` over a loopback connection
+that is there already. UCX_TLS=tcp keeps NIXL from reading the other process's memory, as it does on one host. Each
 round does the plain copy and the transfer in turn.
 """
 
@@ -23,6 +24,7 @@ import msgspec
 import numpy as np
 
 from brigade.comm.kv.link import Fetches
+from brigade.comm.kv.nixl import Nixl, installed
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.offers import Offers
 from brigade.comm.kv.rows import Bytes, Rows, checksum
@@ -44,20 +46,21 @@ class Giver:
             pass_fds=[file],
         )
         self.n = 0
-        self.port = int(self._line())
+        self.port = int(self.hear())
 
     def offer(self) -> Offer:
         """One of which nothing is finished yet."""
         self.n += 1
         self.say(f"offer {self.n}")
-        return msgspec.json.decode(self._line(), type=Offer)
+        return msgspec.json.decode(self.hear(), type=Offer)
 
     def say(self, what: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(what.encode() + b"\n")
         self.process.stdin.flush()
 
-    def _line(self) -> bytes:
+    def hear(self) -> bytes:
+        """The next line that it says."""
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
@@ -90,6 +93,8 @@ def _print(args: argparse.Namespace, rows: Rows, giver: Giver, file: int) -> Non
         ("shared", lambda: _seconds(lambda: np.copyto(plain, source)), Fetches(rows, caches.open, 30)),
         ("tcp", lambda: _receive(giver.port, plain), Fetches(rows, caller.open, 30)),
     ]
+    if installed():
+        ways.append(("nixl", lambda: _receive(giver.port, plain), Fetches(rows, Nixl.start(caller).open, 30)))
     print(f"{n / 1e6:.1f} MB: {args.tokens} tokens x {args.layers} layers x {args.row_bytes} B, pages of {args.page}")
     print("| link | plain copy, ms | GB/s | transfer, ms | GB/s | transfer / plain | checksum, ms |")
     print("|---|--:|--:|--:|--:|--:|--:|")
@@ -113,15 +118,14 @@ def _fetch(fetches: Fetches, giver: Giver, pages: list[int]) -> float:
     fetches.fetch(1, offer, pages, 0)
     time.sleep(0.02)  # until it is connected, and waits
 
-    def finish() -> None:
-        giver.say(f"complete {offer.rid}")
-        fetches.hurry(1)
-        while not (ended := fetches.poll()):
-            time.sleep(0.0002)
-        if ended[0].failure:
-            raise SystemExit(ended[0].failure)
-
-    return _seconds(finish)
+    giver.say(f"complete {offer.rid}")
+    fetches.hurry(1)
+    while not (ended := fetches.poll()):
+        time.sleep(0.0001)
+    there = time.monotonic()
+    if ended[0].failure:
+        raise SystemExit(ended[0].failure)
+    return there - float(giver.hear())
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -150,7 +154,9 @@ def _give(args: argparse.Namespace) -> None:
     """The other process: fills the shared cache, offers what it is told to, and sends plain bytes to whoever asks."""
     memory = np.memmap(os.fdopen(args.give, "r+b"), np.uint8)
     memory[:] = np.random.default_rng(1).integers(0, 256, memory.size, np.uint8)
-    offers = Offers(Rows(memory, args.layers, args.page, args.row_bytes), 0)
+    nixl = Nixl.start(Caller(SECRET)) if installed() else None
+    registered = nixl.register(memory) if nixl else None
+    offers = Offers(Rows(memory, args.layers, args.page, args.row_bytes), 0, registered=registered)
     offers.address = KvServer(offers, "127.0.0.1", SECRET, 30).address
     server = socket.create_server(("127.0.0.1", 0))
     n = args.layers * args.tokens * args.row_bytes
@@ -162,7 +168,9 @@ def _give(args: argparse.Namespace) -> None:
             offers.withdraw(int(rid) - 1)
             print(msgspec.json.encode(offers.offer(int(rid), 0, args.tokens)).decode(), flush=True)
         else:
+            now = time.monotonic()
             offers.complete(int(rid), range(-(-args.tokens // args.page)))
+            print(now, flush=True)
     os._exit(0)
 
 

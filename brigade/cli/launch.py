@@ -73,7 +73,8 @@ def read_launch(file: Path) -> Launch:
     )
     layouts = tuple(layout for _, layout in each)
     targets = Targets(d.change_roles.prefill_seconds, d.change_roles.decode_seconds) if d.change_roles else None
-    return Launch(deployed, layouts, FleetConfig(units=units, targets=targets), _hosts(deployed, layouts))
+    fleet = FleetConfig(units=units, targets=targets, link=d.link or "shared")
+    return Launch(deployed, layouts, fleet, _hosts(deployed, layouts))
 
 
 def engine_config(deployed: Deployed, spec: ModelSpec, units: Units | None = None) -> EngineConfig:

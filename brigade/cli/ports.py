@@ -25,6 +25,8 @@ def is_fleet(d: Deployment) -> bool:
 
 def kv_link(d: Deployment) -> tuple[str, str]:
     """How prompts get from one unit to another, and why: decided for each two ranks by their hosts."""
+    if d.link in ("tcp", "nixl"):
+        return d.link.upper(), "as the file says"
     match links([layout for u in d.units for layout in u.layouts()]):
         case ("shared",):
             return "shared memory", "all ranks are on one host"
@@ -64,10 +66,14 @@ def _between_ranks(d: Deployment) -> list[Port]:
 def _for_kv(d: Deployment) -> list[Port]:
     """Ranks are called by those of other units, which fetch prompts."""
     hosts = [host for u in d.units for layout in u.layouts() for host in layout.hosts]
-    if not d.other_hosts:
-        return [Port(LOCAL, _free(host.n_ranks), "ranks of other units", "a secret of this start") for host in hosts]
-    guard = "a secret that each host derives from that one"
-    return [Port(host.address, _free(host.n_ranks), "ranks of other units", guard) for host in hosts]
+    guard = "a secret that each host derives from that one" if d.other_hosts else "a secret of this start"
+    who = "ranks of other units"
+    out = [Port(host.address if d.other_hosts else LOCAL, _free(host.n_ranks), who, guard) for host in hosts]
+    if d.link == "nixl":
+        guard = "none: keep the network your own"
+        every = dict.fromkeys(f"{host.address} and its others" for host in hosts)
+        out += [Port(where, "NIXL's own", "ranks that speak NIXL", guard) for where in every]
+    return out
 
 
 def _free(n: int) -> str:

@@ -11,8 +11,9 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Kind = Literal["bf16", "int8", "int4"]
 Weights = Literal["auto", "bf16", "int8", "int4"]
 Wire = Literal["auto", "bf16", "int8", "fp8"]
-Link = Literal["shared", "tcp"]
-"""How prompts get from rank to rank: through memory where two share a host, over TCP where not; or all over TCP."""
+Link = Literal["shared", "tcp", "nixl"]
+"""How prompts get from rank to rank: through memory where two share a host, over TCP where not; or all over TCP, or all
+over NIXL."""
 
 JOIN_PORT = 7000
 """Where the head of several hosts listens for them unless told otherwise."""

@@ -128,8 +128,9 @@ class Fleet:
         if len(self._engines) == 1:
             return self._engines[0].ready
         roles = Counter(m.role for m in self.crew.members)
-        over = links(self._base.layouts) if self._base.config.link == "shared" else ("tcp",)
-        how = " and ".join({"shared": "memory of their host", "tcp": "TCP"}[link] for link in over)
+        over = links(self._base.layouts) if self._base.config.link == "shared" else (self._base.config.link,)
+        names = {"shared": "memory of their host", "tcp": "TCP", "nixl": "NIXL"}
+        how = " and ".join(names[link] for link in over)
         units = ", ".join(f"{n} {role}" for role, n in roles.items())
         notes = [f"{units} units; prompts go from one to another through {how}"]
         notes += [f"{m.name}: {note}" for m in self.crew.members for note in m.engine.ready.notes]

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from brigade.comm.kv.nixl import INSTALL, installed
 from brigade.engine.client import Engine
 from brigade.engine.config import HostsConfig, KvConfig
 from brigade.engine.fleet_config import FleetConfig
@@ -46,6 +47,8 @@ async def start_units(
 
     Raises LoadError; then nothing is left of any unit.
     """
+    if config.link == "nixl" and not installed():
+        raise LoadError(f"link nixl: the package nixl-cu12 is not here; {INSTALL}")
     layouts = tuple(on_one_host(u.engine.ranks) for u in config.units) if hosts is None else hosts.layouts
     base = Base(config, layouts)
     try:

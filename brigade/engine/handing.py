@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from brigade.comm.kv.link import Fetches, Open
+from brigade.comm.kv.nixl import Nixl
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.offers import Offers
 from brigade.comm.kv.rows import Rows
@@ -54,16 +55,18 @@ RESERVATION = 900.0
 """Seconds that reserved pages wait for a Follow, and then for an Adopt: longer than the gateway waits for either."""
 TRANSFER = 30.0
 """Seconds that rows may take after the prompt was computed."""
-_SOON, _LATER = 0.002, 0.25
+_SOON, _LATER = 0.0005, 0.25
 """Seconds between two looks of an idle loop at work in the background, and at the clock."""
 
 Begun = tuple[int, list[int], SamplingParams, list[int]]
 """What the worker is told of an adopted request: its number, prompt, parameters and the tokens generated so far."""
 
 
-def _sources(kv: KvConfig) -> Open:
-    """Opens what ranks of this host offer in the memory that they share, and what others do over TCP."""
-    caller = Caller(kv.secret)
+def _sources(kv: KvConfig, caller: Caller, nixl: Nixl | None) -> Open:
+    """Opens what ranks of this host offer in the memory that they share, and what others do over TCP; or all over
+    NIXL."""
+    if nixl is not None:
+        return nixl.open
     shared = SharedCaches(kv.files, caller)
     return lambda offer, have: (shared if shared.has(offer.file) else caller).open(offer, have)
 
@@ -96,17 +99,22 @@ class Handing:
         """Those whose transfer has ended before that -> why it failed; empty: it did not."""
         self._dropped: set[int] = set()
         self.server: KvServer | None = None
+        self.nixl: Nixl | None = None
+        """Others read this rank's memory as long as it is there."""
 
     @classmethod
     def of(
         cls, kv: KvConfig, rank: int, worker: Worker, scheduler: Scheduler, channel: "Channel[ToWorker]"
     ) -> "Handing":
-        """Of a rank that is ready to run."""
+        """Of a rank that is ready to run. Raises ValueError for a link that cannot be used here."""
         layers = worker.model.cache.layers
         memory = layers.view(torch.uint8).reshape(-1).numpy()
         rows = Rows(memory, layers.shape[0], worker.page, layers.shape[-1] * layers.element_size())
-        offers = Offers(rows, kv.first + rank if kv.files else -1)
-        handing = cls(worker, scheduler, channel, offers, Fetches(rows, _sources(kv), TRANSFER))
+        caller = Caller(kv.secret)
+        nixl = Nixl.start(caller) if kv.link == "nixl" else None
+        offers = Offers(rows, kv.first + rank if kv.files else -1, registered=nixl.register(memory) if nixl else None)
+        handing = cls(worker, scheduler, channel, offers, Fetches(rows, _sources(kv, caller, nixl), TRANSFER))
+        handing.nixl = nixl
         handing.server = KvServer(offers, kv.address, kv.secret, TRANSFER)
         offers.address = handing.server.address
         return handing

@@ -370,19 +370,18 @@ def main(fd: int) -> int:
             channel.send(Loaded(unit.port))
             membership = Membership(config, unit, worker)
             ready = _join(channel, membership)
+            scheduler = Scheduler(
+                PagePool(ready.n_pages, config.page),
+                max_step_tokens=config.max_step_tokens,
+                max_running=config.max_running,
+                share_answers=not worker.model.two_forms,
+            )
+            handing = None if start.kv is None else Handing.of(start.kv, start.rank, worker, scheduler, channel)
         except (ValueError, MemoryError) as e:
             channel.send(Failed(str(e)))
             return 2
-        pool = PagePool(ready.n_pages, config.page)
-        scheduler = Scheduler(
-            pool,
-            max_step_tokens=config.max_step_tokens,
-            max_running=config.max_running,
-            share_answers=not worker.model.two_forms,
-        )
         channel.send(ready)
         micro_batches = config.micro_batches if worker.wire and unit.size > 1 else 1
-        handing = None if start.kv is None else Handing.of(start.kv, start.rank, worker, scheduler, channel)
         Loop(worker, scheduler, channel, config.depth, membership, micro_batches, handing).run()
     except ChannelClosed:
         log.info("the channel was closed; ending")

@@ -19,6 +19,7 @@ T = TypeVar("T")
 Path = tuple[str | int, ...]
 """Where a value stands: ("units", 0, "hosts", 1) is units[0].hosts[1]."""
 WeightType = Literal["auto", "bf16", "int8", "int4"]
+Link = Literal["shared", "tcp", "nixl"]
 
 LOCAL = "127.0.0.1"
 HOST_PORT = 7000
@@ -123,6 +124,8 @@ class Deployment:
     host_port: int = HOST_PORT
     """Where the gateway listens for the hosts that join it."""
     secret_file: str | None = None
+    link: Link | None = None
+    """How prompts get from prefill to decode units; None: the engine's own default."""
     units: tuple[Units, ...] = (Units("mixed"),)
     limits: Limits = field(default_factory=Limits)
     change_roles: ChangeRoles | None = None
@@ -187,6 +190,7 @@ def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[P
         gateway=table.take("gateway", _address, None),
         host_port=table.take("host_port", _number("host_port"), HOST_PORT),
         secret_file=table.take("secret_file", _text, None),
+        link=cast(Link | None, table.take("link", _one_of(Link), None)),
         units=_all_units(table, source),
         limits=_limits(table, source),
         change_roles=_change_roles(table, source),
@@ -194,6 +198,8 @@ def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[P
     )
     _check_guards(result, source)
     _check_names(result, source)
+    if result.link and sum(units.count for units in result.units) == 1:
+        raise source.fault(("link",), "prompts go from one unit to another, and there is one; leave it out")
     return result
 
 

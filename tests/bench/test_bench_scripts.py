@@ -18,6 +18,7 @@ from bench.report import COLUMNS, Sample, cells, lines
 from bench.roofline import decode_limit, decode_ops, prefill_limit
 from bench.usage import Usage
 from bench.workloads import Lengths, Workload, prompts
+from brigade.comm.kv.nixl import installed
 from brigade.engine.tokenizer import Tokenizer
 from brigade.spec.config import read_spec
 from brigade.spec.params import active, count
@@ -295,10 +296,13 @@ def test_experts_of_a_tiny_model_move_and_say_the_same(
     assert "  1 tokens: counting" in out
 
 
-def test_kv_rows_are_measured_on_both_links() -> None:
+def test_kv_rows_are_measured_on_every_link() -> None:
     command = [sys.executable, "-m", "bench.kv_link", "--tokens", "64", "--layers", "2", "--rounds", "1"]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["shared", "tcp"]
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == [
+        *("shared", "tcp"),
+        *(("nixl",) if installed() else ()),
+    ]
 
 
 def test_what_a_hand_over_adds_is_measured(

@@ -151,6 +151,14 @@ def test_how_prompts_are_handed_over_follows_from_the_hosts(
     assert not any("up" in n for n in found.notes), "it runs"
 
 
+@pytest.mark.parametrize(("link", "name"), [("tcp", "TCP"), ("nixl", "NIXL")])
+def test_a_link_that_the_file_names_is_taken_and_ports_without_a_secret_are_listed(link: str, name: str) -> None:
+    found = explain({"link": link, "units": [{"role": "prefill"}, {"role": "decode"}]})
+    assert next((v.value, v.why) for v in found.values if v.key == "KV transfer") == (name, "as the file says")
+    open_to_all = [p for p in found.ports if p.guard.startswith("none: keep")]
+    assert [p.who for p in open_to_all] == (["ranks that speak NIXL"] if link == "nixl" else [])
+
+
 @pytest.mark.parametrize(
     ("data", "note"),
     [

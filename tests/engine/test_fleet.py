@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 
 from brigade import Brigade, SamplingParams
-from brigade.engine import handing
+from brigade.comm.kv.nixl import installed
+from brigade.engine import fleet_start, handing
 from brigade.engine.config import DEMO_MODEL, EngineConfig
 from brigade.engine.fleet import Fleet
 from brigade.engine.fleet_config import FleetConfig, UnitConfig
@@ -142,9 +143,13 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(pair: Fleet
 
 
 LAYOUTS = [
-    ({"ranks": 2}, {}, {}),
+    ({"ranks": 2, "micro_batches": 2}, {}, {}),
     ({"depth": 2}, {"ranks": 2, "depth": 2}, {}),
     ({}, {"max_running": 3, "kv_bytes": 2 << 20}, {"link": "tcp"}),
+    pytest.param(
+        *({"ranks": 2}, {}, {"link": "nixl"}),
+        marks=pytest.mark.skipif(not installed(), reason="nixl-cu12 is not installed"),
+    ),
 ]
 
 
@@ -196,6 +201,14 @@ async def test_a_unit_that_cannot_load_ends_the_others() -> None:
     before = workers()
     with pytest.raises(LoadError, match="kv"):
         await Fleet.start(config({}, {"kv_bytes": 1}))
+    assert workers() <= before
+
+
+async def test_a_link_that_is_not_installed_is_said_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_start, "installed", lambda: False)
+    before = workers()
+    with pytest.raises(LoadError, match=r"nixl-cu12 is not here; install it with: pip install 'brigade\[nixl\]'"):
+        await Fleet.start(config(link="nixl"))
     assert workers() <= before
 
 

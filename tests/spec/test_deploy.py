@@ -36,7 +36,7 @@ def error_of(data: object, line_of: dict[Any, int] | None = None) -> str:
 def test_the_set_of_keys_is_small_and_known() -> None:
     top = (
         "model weights rank_memory listen api_key_file admin_listen admin_key_file gateway host_port secret_file "
-        "units limits change_roles"
+        "link units limits change_roles"
     )
     assert " ".join(KEYS) == top
     assert " ".join(UNIT_KEYS) == "role name count hosts ranks_per_host redundant_experts limits"
@@ -59,6 +59,7 @@ def test_everything_that_can_be_said() -> None:
             "gateway": "gate",
             "host_port": 7001,
             "secret_file": "keys/hosts",
+            "link": "nixl",
             "limits": {"max_running": 8, "kv_memory": "1GiB"},
             "units": [
                 unit(role="prefill", count=2, hosts=["a", "b", "c", "d"], ranks_per_host=8, redundant_experts=32),
@@ -108,6 +109,8 @@ def test_units_may_share_one_host() -> None:
         ({"model": "a\0b"}, "d.yaml: model: must not hold a NUL"),
         ({"weights": "int9"}, "d.yaml: weights: must be auto, bf16, int8 or int4, not 'int9'; did you mean int8?"),
         ({"units": [{}]}, "d.yaml: units[0]: 'role' is missing; add it"),
+        ({"link": "nixel"}, "link: must be shared, tcp or nixl, not 'nixel'; did you mean nixl?"),
+        ({"link": "tcp"}, "link: prompts go from one unit to another, and there is one; leave it out"),
         ({"units": [unit(role="decod")]}, "units[0].role: must be mixed, prefill or decode, not 'decod'; did you mean"),
         ({"units": {}}, "d.yaml: units: must be a list (lines that begin with '- '), not keys with values"),
         ({"units": []}, "d.yaml: units: is empty"),

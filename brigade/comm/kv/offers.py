@@ -17,10 +17,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from brigade.comm.kv.offer import Offer
+from brigade.comm.kv.offer import Offer, Registered
 from brigade.comm.kv.rows import Piece, Rows, checksum
 
-PIECE = 4 << 20
+PIECE = 8 << 20
 """Most bytes of a piece: as long as it is checked by one side, the other one copies the next."""
 
 
@@ -41,15 +41,17 @@ class _Given:
 class Offers:
     """What one rank gives out of its cache."""
 
-    def __init__(self, rows: Rows, file: int = -1, address: str = "") -> None:
-        self.rows, self.file, self.address = rows, file, address
+    def __init__(self, rows: Rows, file: int = -1, address: str = "", registered: Registered | None = None) -> None:
+        """`file`, `address`, `registered`: what offers say of where the rows can be had."""
+        self.rows, self.file, self.address, self.registered = rows, file, address, registered
         self._given: dict[int, _Given] = {}
         self._lock = threading.Lock()
 
     def offer(self, rid: int, start: int, end: int) -> Offer:
         """Rows of tokens start..end of this request will be given, from now until `withdraw`."""
         r = self.rows
-        offer = Offer(rid, start, end, r.page, r.n_pages, r.n_layers, r.row_bytes, self.address, self.file)
+        shape = (r.page, r.n_pages, r.n_layers, r.row_bytes)
+        offer = Offer(rid, start, end, *shape, self.address, self.file, self.registered)
         with self._lock:
             self._given[rid] = _Given(offer, [start] * r.n_layers, threading.Condition(self._lock))
         return offer

@@ -15,7 +15,7 @@ import numpy as np
 
 from brigade.comm.kv.link import Failed, GoOn
 from brigade.comm.kv.offer import Offer
-from brigade.comm.kv.rows import Bytes, Piece, Rows, copy
+from brigade.comm.kv.rows import Bytes, CacheShape, Piece, Rows, copy
 from brigade.comm.kv.tcp import Caller, Connected
 
 
@@ -43,7 +43,7 @@ class SharedCaches:
         if not self.has(offer.file):
             raise Failed(f"shared memory {offer.file} is not known here; there are {len(self._files)}")
         memory = self.map(offer.file)
-        size = offer.n_layers * offer.n_pages * offer.page * offer.row_bytes
+        size = CacheShape(offer.n_layers, offer.n_pages, offer.page, offer.row_bytes).size
         if not 0 < size <= memory.size:
             raise Failed(f"shared memory {offer.file} has {memory.size} bytes, the offered cache {size}")
         rows = Rows(memory[:size], offer.n_layers, offer.page, offer.row_bytes)
