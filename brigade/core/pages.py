@@ -91,6 +91,13 @@ class PagePool:
             node = hit[1]
         return Known(max(n_full, known.n_pages), node)
 
+    def node(self, page: int) -> int | None:
+        """What a page is found as; None if it is not. Numbers are never used twice: while this one stays, so does what
+        the page holds. Other threads may ask, too."""
+        prefix = self._prefix_of.get(page)
+        hit = None if prefix is None else self._found.get(prefix)
+        return None if hit is None else hit[1]
+
     def unpublish(self, pages: Sequence[int]) -> None:
         """Make pages unfindable: what was to be written into them never came. Who holds them goes on holding them."""
         for p in pages:

@@ -37,6 +37,10 @@ class Request:
     """How far `pages` are published."""
     n_cached: int | None = None
     """Prompt positions found in the prefix cache when the request was first admitted; None before."""
+    stored: int = 0
+    """Positions at its beginning that a store below memory may have. It is asked once, so this is 0 afterwards."""
+    n_stored: int = 0
+    """Of `n_cached`, those that came from there."""
 
     def __post_init__(self) -> None:
         if not self.tokens or self.max_new < 1:

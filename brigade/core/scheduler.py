@@ -14,6 +14,10 @@ A request whose prompt is computed by another rank begins otherwise:
 2. adopt, with the first token that the other rank sampled: it runs on as if all had been computed here.
 3. If the pages could not be filled, adopt(..., filled=False): they go back, and it is computed here from the beginning.
 
+A request whose beginning lies in a store below memory (`stored`) does this between 1 and 2:
+1. plan takes pages for what is stored, and names them in `filling.begun`; they are filled behind the steps.
+2. filled says how far that came: it runs on from there, or waits again to be computed.
+
 undo takes back plans that will never be run, newest first, as if they had not been made.
 
 plan() may be called again before commit(): steps run in plan order, so a plan relies on earlier plans, not on results.
@@ -23,6 +27,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from brigade.core.filling import Filling
 from brigade.core.pages import NOTHING_KNOWN, Known, PagePool
 from brigade.core.request import Request
 
@@ -91,13 +96,16 @@ class Scheduler:
         self.live: dict[int, Request] = {}
         self.arriving: dict[int, Request] = {}
         """Requests that hold pages which are being filled from elsewhere. They are not live: no step has them."""
+        self.filling = Filling()
+        """Requests that wait for a store below memory. They are live, but no step has them."""
         self._spoilt: set[int] = set()
         """Those that found pages in the cache which were then never computed."""
         self.n_preempted = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self.live)
+        """Whether a step could run something, now or when a step in flight has ended."""
+        return bool(self.running or self.waiting)
 
     def add(self, req: Request) -> None:
         """Queue a request. Its rid must never have been used before: results of an aborted one may still come.
@@ -126,7 +134,7 @@ class Scheduler:
         before = self.waiting and self.waiting[0].priority <= req.priority
         if before or self._n_taken >= self.max_running:
             return False
-        found, known = self.pool.match(self._shareable(req), req.salt)
+        found, known = self.pool.match(self.shareable(req), req.salt)
         pages = self.pool.take(self._n_pages(len(req.tokens)) - len(found), found, spare=self._n_taken)
         if pages is None:
             return False
@@ -153,6 +161,23 @@ class Scheduler:
             _last_of_its_priority(self.waiting, req)
             return
         req.done, req.begun = len(req.tokens) - 1, _ADOPTED
+        _last_of_its_priority(self.running, req)
+        self._publish(req)
+
+    def filled(self, rid: int, end: int) -> None:
+        """Go on with a request whose pages the store has filled up to position `end`, of those that were asked for."""
+        req, others = self.filling.end(rid)
+        self._wait_again(others)
+        end = max(end, req.done)
+        if not end or rid in self._spoilt:
+            self._spoilt.discard(rid)
+            self._give_back(req)
+            self._wait_again([req])
+            return
+        keep = self._n_pages(end)
+        self.pool.release(req.pages[keep:])
+        req.n_cached, req.n_stored = end, end - req.done
+        req.pages, req.done, req.begun = req.pages[:keep], end, _ADOPTED
         _last_of_its_priority(self.running, req)
         self._publish(req)
 
@@ -222,7 +247,7 @@ class Scheduler:
 
     def abort(self, rid: int) -> bool:
         """Drop a request in any state; False if it is not known (any more). Safe while a step that has it runs:
-        whoever gets its pages next writes them in a later step. Not while pages of an arriving one are being filled."""
+        whoever gets its pages next writes them in a later step. Not while pages of its own are being filled."""
         if req := self.arriving.get(rid):
             self._leave_arriving(req)
         elif req := self.live.get(rid):
@@ -235,7 +260,7 @@ class Scheduler:
     @property
     def _n_taken(self) -> int:
         """Places among the running ones that are taken or promised."""
-        return len(self.running) + len(self.arriving)
+        return len(self.running) + len(self.arriving) + len(self.filling.holding)
 
     def _leave_arriving(self, req: Request) -> None:
         del self.arriving[req.rid]
@@ -245,7 +270,7 @@ class Scheduler:
         """What was to be written into these pages never came: requests from elsewhere that had found them there are
         computed from the beginning. `owner` was to write them."""
         gone = set(pages)
-        for req in self.arriving.values():
+        for req in (*self.arriving.values(), *self.filling.holding.values()):
             if not gone.isdisjoint(req.pages):
                 self._spoilt.add(req.rid)
         for req in list(self.running):
@@ -254,30 +279,47 @@ class Scheduler:
 
     def _forget(self, req: Request) -> None:
         del self.live[req.rid]
+        self._spoilt.discard(req.rid)
         if req in self.running:
             self.running.remove(req)
+        elif req.rid in self.filling:
+            self._wait_again(self.filling.end(req.rid)[1])
         else:
             self.waiting.remove(req)
 
     def _admit(self, budget: int) -> Slice | None:
-        """Move the first waiting request to the running ones, if there is room for it and for its pages."""
-        if not self.waiting or self._n_taken >= self.max_running:
-            return None
-        req = self.waiting[0]
-        if req.inflight:  # preempted with a sample on its way: its next token is not known yet
-            return None
-        found, known = self.pool.match(self._shareable(req), req.salt)
-        n_cached = len(found) * self.pool.page
-        n = min(len(req.tokens) - n_cached, budget)
-        # A spare page for each running request: without it, their growth would preempt this one in the next step.
-        pages = self.pool.take(self._n_pages(n_cached + n) - len(found), found, spare=self._n_taken)
-        if pages is None:
-            return None
-        req.pages, req.known, req.done, req.begun = pages, known, n_cached, n_cached
-        if req.n_cached is None:
-            req.n_cached = n_cached
-        _last_of_its_priority(self.running, self.waiting.pop(0))
-        return self._slice(req, n)
+        """Move the first waiting request to the running ones, if there is room for it and for its pages. Those before
+        it that a store may have the beginning of wait for that instead."""
+        while self.waiting and self._n_taken < self.max_running:
+            req = self.waiting[0]
+            if req.inflight:  # preempted with a sample on its way: its next token is not known yet
+                return None
+            found, known = self.pool.match(self.shareable(req), req.salt)
+            n_cached = len(found) * self.pool.page
+            fetch = req.stored > n_cached
+            if fetch and self.filling.join(req, n_cached + self.pool.page):
+                self.waiting.pop(0)
+                continue
+            end = req.stored if fetch else n_cached + min(len(req.tokens) - n_cached, budget)
+            # A spare page for each running request: without it, their growth would preempt this one in the next step.
+            pages = self.pool.take(self._n_pages(end) - len(found), found, spare=self._n_taken)
+            if pages is None:
+                return None
+            req.pages, req.known, req.done, req.begun = pages, known, n_cached, n_cached
+            self.waiting.pop(0)
+            if fetch:
+                self.filling.begin(req)
+                continue
+            if req.n_cached is None:
+                req.n_cached, req.n_stored = n_cached, 0
+            _last_of_its_priority(self.running, req)
+            return self._slice(req, end - n_cached)
+        return None
+
+    def _wait_again(self, reqs: Sequence[Request]) -> None:
+        """In this order, before others of their priority."""
+        for req in reversed(reqs):
+            _first_of_its_priority(self.waiting, req)
 
     def _unadmit(self, req: Request) -> None:
         """The opposite of `_admit`."""
@@ -316,7 +358,7 @@ class Scheduler:
         if n // page > req.known.n_pages:
             req.known = self.pool.publish(req.tokens[:n], req.pages, req.known)
 
-    def _shareable(self, req: Request) -> list[int]:
+    def shareable(self, req: Request) -> list[int]:
         """Tokens whose pages may be another request's, and one more."""
         return req.tokens if self.share_answers else req.tokens[: self._prompt_end(req) + 1]
 

@@ -230,14 +230,15 @@ def check_plan(sched: Scheduler, plan: StepPlan, done_before: dict[int, int]) ->
 def check_state(sched: Scheduler, ended: list[Request], pending: list[StepPlan]) -> None:
     """Pages are conserved, and what the scheduler knows about each request agrees with the plans in flight."""
     pool = sched.pool
-    held = Counter(p for r in [*sched.running, *ended] for p in r.pages)
+    filling = list(sched.filling.holding.values())
+    held = Counter(p for r in [*sched.running, *filling, *ended] for p in r.pages)
     assert pool.refs == [held[p] for p in range(pool.n_pages)]
     assert pool.n_free == pool.n_pages - len(held)
-    assert len(sched.running) <= sched.max_running
+    assert len(sched.running) + len(filling) <= sched.max_running
     everyone = [*sched.running, *sched.waiting]
     for queue in (sched.running, sched.waiting):
         assert [r.priority for r in queue] == sorted(r.priority for r in queue)
-    assert len(everyone) == len(sched.live)
+    assert len(everyone) + len(sched.filling) == len(sched.live)
     assert all(sched.live[r.rid] is r for r in everyone)
     samples = Counter(s.rid for p in pending for s in p.slices if s.sample)
     for r in everyone:

@@ -148,7 +148,7 @@ def test_answers_that_are_shared_in_spite_of_two_forms_would_be_seen() -> None:
 class TakesAPromptForAnAnswer(Scheduler):
     """Publishes only prompts, but finds them also where the request itself has an answer."""
 
-    def _shareable(self, req: Request) -> list[int]:
+    def shareable(self, req: Request) -> list[int]:
         return req.tokens
 
 
