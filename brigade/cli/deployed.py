@@ -6,6 +6,7 @@ from typing import Any
 
 from brigade.cli.fault import Fault
 from brigade.cli.serve import served_name
+from brigade.cli.units import parse_disk
 from brigade.engine.config import DEMO_MODEL, EngineConfig
 from brigade.serve.config import AdminConfig, ServeConfig
 from brigade.spec.deploy import Deployment, Units
@@ -42,6 +43,8 @@ class Deployed:
             "max_step_tokens": limits.max_step_tokens,
             "kv_bytes": limits.kv_memory,
         }
+        if limits.kv_disk is not None:
+            given["kv_disk"], given["kv_disk_bytes"] = parse_disk(limits.kv_disk)
         if n_ranks > 1:
             given["redundant_experts"] = units.redundant_experts
         try:

@@ -237,6 +237,8 @@ def _unit_values(
         per = "for the unit" if name == "max_waiting" else "each rank"
         why = GIVEN if getattr(limits, name) is not None else DEFAULT
         out.append(Value(name, f"{getattr(config, name)} {per}", why))
+    shared = "shared by the ranks of a host; "
+    out.append(Value("kv_disk", limits.kv_disk or "none", shared + GIVEN if limits.kv_disk else DEFAULT))
     wanted = limits.max_context or spec.context
     context = min(wanted, spec.context)
     why = GIVEN if limits.max_context else "not given: the model's, or what the KV cache holds"

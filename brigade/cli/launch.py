@@ -8,6 +8,7 @@ from brigade.cli.deployed import Deployed
 from brigade.cli.deployment_file import read_deployment
 from brigade.cli.explained import cannot_run, memory_of
 from brigade.cli.fault import Fault
+from brigade.cli.machine import disk_problem
 from brigade.cli.secret import read_secret
 from brigade.core.roles import Targets
 from brigade.engine.auto import this_machine
@@ -15,7 +16,7 @@ from brigade.engine.config import EngineConfig, HostsConfig
 from brigade.engine.fleet_config import FleetConfig, UnitConfig
 from brigade.spec.config import BadConfig, read_spec
 from brigade.spec.deploy import Units, unit_names
-from brigade.spec.layout import Layout
+from brigade.spec.layout import Layout, is_loopback
 from brigade.spec.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ def read_launch(file: Path) -> Launch:
         for name, (u, _) in zip(unit_names(d), each, strict=True)
     )
     layouts = tuple(layout for _, layout in each)
+    for unit, layout in zip(units, layouts, strict=True):
+        if is_loopback(layout.hosts[0].address) and (problem := disk_problem(unit.engine.kv_disk)):
+            raise Fault(f"{file}: kv_disk: {problem}", 2)
     targets = Targets(d.change_roles.prefill_seconds, d.change_roles.decode_seconds) if d.change_roles else None
     fleet = FleetConfig(units=units, targets=targets, link=d.link or "shared")
     return Launch(deployed, layouts, fleet, _hosts(deployed, layouts))

@@ -20,6 +20,15 @@ def port_problem(host: str, port: int) -> str | None:
     return None
 
 
+def disk_problem(folder: str) -> str | None:
+    """Why KV caches cannot be kept under a folder of this machine, or None; also for none at all."""
+    if folder and not os.path.isdir(folder):
+        return f"{folder} is not a folder; make it, or mount what belongs there"
+    if folder and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return f"this user may not write in {folder}"
+    return None
+
+
 def describe() -> dict[str, Any]:
     """The machine in a few plain values, to stand beside measurements."""
     limits = read_limits()

@@ -88,6 +88,8 @@ def objects(
         raise Fault(f"{deployed.file}: admin_key_file: Kubernetes objects do not carry it yet; leave it out", 2)
     if d.rank_memory is None:
         raise Fault(f"{deployed.file}: 'rank_memory' is missing; pods ask for memory by it, like rank_memory: 16GiB", 2)
+    if any(d.limits_of(units).kv_disk for units in d.units):
+        raise Fault(f"{deployed.file}: kv_disk: pods written here have no disk for it; leave it out", 2)
     inside = in_pods(deployed, name)
     volumes = _volumes(deployed, name, keys, model_claim)
     make = _Pods(name, image, volumes, str(cpus), sum(len(x.hosts) for u in inside.units for x in u.layouts()))

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from brigade.cli.fault import Fault, one_line
-from brigade.cli.machine import port_problem
+from brigade.cli.machine import disk_problem, port_problem
 from brigade.cli.secret import read_secret
-from brigade.cli.units import parse_size
+from brigade.cli.units import parse_disk, parse_size
 from brigade.engine.config import DEMO_MODEL, JOIN_PORT, Dtype, EngineConfig, HostsConfig, Weights, Wire
 from brigade.engine.fleet_config import FleetConfig
 from brigade.serve.config import ConfigError, ServeConfig
@@ -64,6 +64,12 @@ def serve(
     kv_memory: Annotated[
         str, typer.Option(help="Memory of the KV cache, like 512MiB or 2GiB. Default: a quarter of what is free.")
     ] = "auto",
+    kv_disk: Annotated[
+        str,
+        typer.Option(
+            help="Keep prompts' KV caches in this folder and find them there after a restart, like /mnt/nvme:200GiB."
+        ),
+    ] = "",
     max_running: Annotated[int, typer.Option(help="Requests that run in one step.")] = _ENGINE.max_running,
     max_waiting: Annotated[
         int, typer.Option(help="Requests that may wait before new ones get 429.")
@@ -121,12 +127,15 @@ def serve(
     if several and ranks not in (_ENGINE.ranks, several.layouts[0].n_ranks):
         raise Fault(f"--ranks is {ranks}, but --hosts names {several.layouts[0].n_ranks} in all; leave --ranks out", 2)
     try:
+        disk, disk_bytes = parse_disk(kv_disk) if kv_disk else ("", 0)
         engine = EngineConfig(
             model=model or str(DEMO_MODEL),
             dtype=cast(Dtype, dtype),  # EngineConfig checks it
             weights=cast(Weights, weights),
             max_context=max_context,
             kv_bytes=_kv_bytes(kv_memory),
+            kv_disk=disk,
+            kv_disk_bytes=disk_bytes,
             max_running=max_running,
             max_waiting=max_waiting,
             max_step_tokens=max_step_tokens,
@@ -150,6 +159,8 @@ def serve(
         web.check()
     except ValueError as e:
         raise Fault(str(e), 2) from e
+    if problem := disk_problem(engine.kv_disk):
+        raise Fault(f"--kv-disk: {problem}", 2)
     start(FleetConfig.alone(engine), web, log_level, several, until_eof)
 
 

@@ -1,8 +1,8 @@
 """Sizes and times as people write and read them. Pure functions."""
 
-from brigade.spec.sizes import parse_size, show_size
+from brigade.spec.sizes import parse_disk, parse_size, show_size
 
-__all__ = ("parse_size", "show_seconds", "show_size")
+__all__ = ("parse_disk", "parse_size", "show_seconds", "show_size")
 
 
 def show_seconds(seconds: float) -> str:

@@ -32,6 +32,7 @@ from brigade.engine.messages import (
     Refused,
     Reserve,
     Reserved,
+    Rouse,
     Settled,
     Staged,
     Stats,
@@ -353,6 +354,8 @@ class Engine:
             case Reserved(rid) | Offered(rid) | Adopted(rid) | Gone(rid) | Computed(token=Token(rid)):
                 if part := self._generations.get(rid):
                     cast(Part, part).hear(message)
+            case Rouse():
+                self.wake(rank)
             case Refused(rid, text):
                 if generation := self._generations.get(rid):
                     generation.fail(BadRequest(text))

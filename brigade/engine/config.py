@@ -40,6 +40,10 @@ class EngineConfig:
     """Memory for the KV cache; 0: a quarter of what the weights leave free, at most what max_running requests need."""
     page: int = 16
     """Tokens a page of the KV cache."""
+    kv_disk: str = ""
+    """Existing folder under which prompts' KV caches are kept for when they have left memory; empty: nowhere."""
+    kv_disk_bytes: int = 0
+    """Bytes that they may take there, whoever keeps them in that folder."""
     max_running: int = 64
     """Requests that run in one step."""
     max_waiting: int = 256
@@ -73,6 +77,7 @@ class EngineConfig:
         for name, low, high in (
             ("max_context", 0, 1 << 24),
             ("kv_bytes", 0, 1 << 50),
+            ("kv_disk_bytes", 0, 1 << 60),
             ("page", 1, 1024),
             ("max_running", 1, 4096),
             ("max_waiting", 0, 1 << 20),
@@ -98,6 +103,8 @@ class EngineConfig:
             raise ValueError(f"weights must be auto, bf16, int8 or int4, not {self.weights!r}")
         if self.weights != "auto" and self.dtype not in ("auto", "bfloat16"):
             raise ValueError(f"weights {self.weights} are computed in bfloat16; leave dtype at auto, not {self.dtype}")
+        if bool(self.kv_disk) != bool(self.kv_disk_bytes):
+            raise ValueError("kv_disk needs a folder and kv_disk_bytes above 0, or neither")
         if self.redundant_experts and self.ranks == 1:
             raise ValueError("redundant_experts are copies on other ranks, but ranks is 1; leave it at 0")
         if self.wire not in ("auto", "bf16", "int8", "fp8"):

@@ -117,7 +117,7 @@ class Generation:
         now = time.monotonic()
         if self._n_tokens == 0:
             self._first = now
-            self._observer.first_token(now - self._began, self.n_prompt, token.n_cached)
+            self._observer.first_token(now - self._began, self.n_prompt, token.n_cached, token.n_stored)
         else:
             self._observer.next_token(now - self._latest)
         self._latest = now

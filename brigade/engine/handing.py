@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from brigade.comm.kv.link import Fetches, Open
@@ -182,7 +183,7 @@ class Handing:
             return False
         self._leases.hold(req, time.monotonic() + LEASE)
         self._offers.complete(req.rid, req.pages)
-        self._channel.send(Computed(Token(first.rid, first.token, "", first.logprob, first.top, first.n_cached)))
+        self._channel.send(Computed(msgspec.structs.replace(first, finish="")))
         return True
 
     # Taking

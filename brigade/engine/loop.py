@@ -10,8 +10,9 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from brigade.comm.channel import Channel, ChannelClosed
@@ -22,6 +23,7 @@ from brigade.core.pages import PagePool
 from brigade.core.request import Request
 from brigade.core.scheduler import Scheduler, StepPlan
 from brigade.engine import auto
+from brigade.engine.fingerprint import fingerprint
 from brigade.engine.handing import Handing
 from brigade.engine.membership import Membership
 from brigade.engine.messages import (
@@ -41,6 +43,7 @@ from brigade.engine.messages import (
     Ready,
     Refused,
     Reserve,
+    Rouse,
     Start,
     Stats,
     Step,
@@ -49,6 +52,7 @@ from brigade.engine.messages import (
     ToWorker,
     Wake,
 )
+from brigade.engine.storing import Storing
 from brigade.engine.unit_rank import UnitRank
 from brigade.engine.worker import Worker, Wrote, stop_ids
 from brigade.model.sampling import BROKEN, Choice
@@ -80,16 +84,20 @@ class Loop:
         membership: Membership | None = None,
         micro_batches: int = 1,
         handing: Handing | None = None,
+        storing: Storing | None = None,
     ) -> None:
         """`membership`: of a unit that has been formed; None for a worker that runs alone. `micro_batches`: of a step,
-        0 to choose while running. `handing`: how prompts come from other units or go there, if they do."""
+        0 to choose while running. `handing`: how prompts come from other units or go there, if they do. `storing`:
+        what is kept on disk, if anything is."""
         self.worker, self.scheduler, self.channel, self.depth = worker, scheduler, channel, depth
-        self.membership, self.handing = membership, handing
+        self.membership, self.handing, self.storing = membership, handing, storing
         self.group: Group = membership.group if membership else Alone()
         self.whole = True
         """False from the loss of another rank until the next Form."""
         self.wake = 0
         """Number of the last wake call heard since the unit was formed."""
+        self._called = -1
+        """The last wake call heard before this rank asked for another one."""
         self.asleep = membership is None
         """A unit that was just formed is awake: any of its ranks may have requests."""
         self.pending: deque[tuple[StepPlan, Future[dict[int, Choice]]]] = deque()
@@ -119,16 +127,20 @@ class Loop:
                 self.worker.mover.close()
             if self.handing:
                 self.handing.close()
+            if self.storing:
+                self.storing.close()
 
     def turn(self) -> None:
         """Once round: waits for messages only when no rank has anything to run or to wait for, or one is lost."""
-        rests = self.handing.rests if self.handing else None
-        for message in self.channel.poll(0 if self.whole and not self.asleep else rests):
+        for message in self.channel.poll(0 if self.whole and not self.asleep else self._rests):
             self.take(message)
         if self.handing:
             for adopted in self.handing.turn():
                 self._do(self.worker.add, *adopted)
                 self.asleep = self.asleep and not isinstance(self.group, Alone)  # others are woken by Wake
+        if self.storing:
+            self.storing.turn()
+            self._rouse()
         if self.asleep or not self.whole:
             return  # whatever came, the other ranks do not run either
         try:
@@ -137,9 +149,21 @@ class Loop:
             self._tell(e)
             self.roll_back()
 
+    def _rouse(self) -> None:
+        """Wake up, with all other ranks, if a request can run that could not when the unit went to sleep."""
+        if not self.asleep or not self.scheduler.busy:
+            return
+        if isinstance(self.group, Alone):
+            self.asleep = False
+        elif self._called != self.wake:
+            self._called = self.wake
+            self.channel.send(Rouse())
+
     def step(self) -> None:
         """Plan, agree with the other ranks, run, and commit what is due. Raises PeerLost."""
         plan = self.scheduler.plan()
+        if self.storing and self.scheduler.filling.begun:
+            self.storing.begin(self._do(_nothing))
         mover = self.worker.mover
         staged = mover.staged if mover else 0
         mine = Shape(plan.n_tokens, self.scheduler.busy or bool(self.pending), self.wake, staged, self._took)
@@ -174,6 +198,8 @@ class Loop:
                 known = self.scheduler.live.get(rid)
                 if self.handing and self.handing.drop(rid):
                     return
+                if self.storing:
+                    self.storing.drop(rid)
                 if self.scheduler.abort(rid) and known:
                     self._do(self.worker.forget, rid)
             case Reserve() | Follow() | Adopt():
@@ -202,7 +228,7 @@ class Loop:
         self._forget_times()
         if self.worker.mover:
             self._do(self.worker.mover.hold, form.portion).result()
-        self.wake, self.asleep = 0, False
+        self.wake, self._called, self.asleep = 0, -1, False
         try:
             ready = self.membership.form(form)
         except PeerLost as e:
@@ -268,6 +294,8 @@ class Loop:
         broken = [rid for rid, c in choices.items() if c.token == BROKEN and self.scheduler.abort(rid)]
         live = {rid: self.scheduler.live[rid] for rid in choices if rid in self.scheduler.live}
         finished = self.scheduler.commit(plan, {rid: c.token for rid, c in choices.items()})
+        if self.storing:
+            self._store(live.values())
         held = {req.rid for req in finished if self.handing and self.handing.hold(req, _token(req, choices[req.rid]))}
         tokens = [_token(req, choices[rid]) for rid, req in live.items() if rid not in held]
         tokens += [Token(rid, 0, "error") for rid in broken]
@@ -287,7 +315,22 @@ class Loop:
         s = self.scheduler
         reserved, offered = self.handing.pages if self.handing else (0, 0)
         used = s.pool.n_pages - s.pool.n_free
-        return Stats(self.n_steps, len(s.running), len(s.waiting), used, s.n_preempted, reserved, offered)
+        waiting = len(s.waiting) + len(s.filling)
+        store = self.storing.stats if self.storing else None
+        return Stats(self.n_steps, len(s.running), waiting, used, s.n_preempted, reserved, offered, store)
+
+    @property
+    def _rests(self) -> float | None:
+        """Seconds after which the loop must come round again although nothing runs; None: only when told something."""
+        rests = [x.rests for x in (self.handing, self.storing) if x]
+        return min((seconds for seconds in rests if seconds is not None), default=None)
+
+    def _store(self, reqs: Iterable[Request]) -> None:
+        """Keep the prompts of those that got their first token, and where answers are shared, those of the finished."""
+        assert self.storing is not None
+        for req in reqs:
+            if len(req.tokens) == req.n_prompt + 1 or (req.finish and self.scheduler.share_answers):
+                self.storing.computed(req)
 
     def _add(self, m: Add) -> None:
         n_prompt = m.n_prompt or len(m.prompt)
@@ -295,7 +338,10 @@ class Loop:
         most = n_new + 1 if m.hold >= 0 else m.params.max_tokens
         stops = stop_ids(self.worker.spec, m.params)
         try:
-            self.scheduler.add(Request(m.rid, m.prompt, most, stops, m.salt, n_prompt=n_prompt, priority=m.priority))
+            req = Request(m.rid, m.prompt, most, stops, m.salt, n_prompt=n_prompt, priority=m.priority)
+            if self.storing:
+                self.storing.look(req)
+            self.scheduler.add(req)
         except ValueError as e:
             self.channel.send(Refused(m.rid, str(e)))
             return
@@ -316,7 +362,11 @@ class Loop:
 
 def _token(req: Request, choice: Choice) -> Token:
     top = [Logprob(token, logprob) for token, logprob in choice.top]
-    return Token(req.rid, choice.token, req.finish or "", choice.logprob, top, req.n_cached or 0)
+    return Token(req.rid, choice.token, req.finish or "", choice.logprob, top, req.n_cached or 0, req.n_stored)
+
+
+def _nothing() -> None:
+    """Done when all before it is."""
 
 
 def _first(channel: "Channel[ToWorker]", kind: type[Told]) -> Told:
@@ -367,6 +417,7 @@ def main(fd: int) -> int:
             worker = Worker.read(config, auto.this_machine().part(unit.n_sharing), _progress(channel), unit, *where)
             if start.kv is not None and start.kv.files:
                 worker.kv_file = start.kv.files[start.kv.first + start.rank]
+            checkpoint = fingerprint(Path(config.model)) if config.kv_disk else b""
             channel.send(Loaded(unit.port))
             membership = Membership(config, unit, worker)
             ready = _join(channel, membership)
@@ -377,12 +428,15 @@ def main(fd: int) -> int:
                 share_answers=not worker.model.two_forms,
             )
             handing = None if start.kv is None else Handing.of(start.kv, start.rank, worker, scheduler, channel)
+            storing = Storing.of(config, checkpoint, worker, scheduler) if config.kv_disk else None
         except (ValueError, MemoryError) as e:
             channel.send(Failed(str(e)))
             return 2
+        if storing:
+            ready.notes.append(storing.note)
         channel.send(ready)
         micro_batches = config.micro_batches if worker.wire and unit.size > 1 else 1
-        Loop(worker, scheduler, channel, config.depth, membership, micro_batches, handing).run()
+        Loop(worker, scheduler, channel, config.depth, membership, micro_batches, handing, storing).run()
     except ChannelClosed:
         log.info("the channel was closed; ending")
     return 0

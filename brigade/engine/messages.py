@@ -172,6 +172,36 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     top: list[Logprob] = []
     n_cached: int = 0
     """Prompt tokens that came from the prefix cache."""
+    n_stored: int = 0
+    """Of these, the ones that had to be read from the disk store."""
+
+
+class StoreStats(msgspec.Struct, frozen=True, array_like=True):
+    """A rank's use of the disk store since the start."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+    used_bytes: int = 0
+    """Bytes of all entries now, whoever wrote them."""
+    evicted: int = 0
+    """Entries that this rank removed to make room."""
+    dropped: int = 0
+    """Requests whose pages were not all written: too many waited, or the pages were used again."""
+    damaged: int = 0
+    """Entries removed because they were not what they should be."""
+    late: int = 0
+    """Reads given up because the disk was too slow."""
+    failed: int = 0
+    """Errors of the disk."""
+    well: bool = False
+    """Whether it works."""
+
+    def __add__(self, other: "StoreStats") -> "StoreStats":
+        """Of two ranks, which may share a folder."""
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        sums = StoreStats(*(a + b for a, b in pairs))
+        used, well = max(self.used_bytes, other.used_bytes), self.well and other.well
+        return msgspec.structs.replace(sums, used_bytes=used, well=well)
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True):
@@ -187,6 +217,8 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     """Of the pages used, those that are being filled from elsewhere."""
     pages_offered: int = 0
     """Those of prompts that other ranks may read; one that two prompts share counts twice."""
+    store: StoreStats | None = None
+    """None: there is no disk store."""
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -274,6 +306,10 @@ class Adopted(msgspec.Struct, frozen=True, tag=True):
     """How long it waited for rows, after the prompt was computed."""
 
 
+class Rouse(msgspec.Struct, frozen=True, tag=True):
+    """A request of this rank can run that could not when the unit went to sleep: call all ranks (Wake)."""
+
+
 class Gone(msgspec.Struct, frozen=True, tag=True):
     """This rank has nothing of a request that it was told to fetch or to adopt."""
 
@@ -297,4 +333,5 @@ FromWorker = (
     | Computed
     | Adopted
     | Gone
+    | Rouse
 )

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from functools import reduce
 
 import msgspec
 
 from brigade.engine.config import EngineConfig
-from brigade.engine.messages import FromWorker, Pong, Stats, Step
+from brigade.engine.messages import FromWorker, Pong, Stats, Step, StoreStats
 
 PING_EVERY = 0.5
 PING_DEADLINE = 5.0
@@ -19,8 +20,11 @@ _IDLE = Stats(0, 0, 0, 0, 0)
 
 def added(stats: Sequence[Stats]) -> Stats:
     """Of several ranks: sums, but steps are those of the busiest."""
-    columns = list(zip(*(msgspec.structs.astuple(s)[1:] for s in stats), strict=True))
-    return Stats(max(s.n_steps for s in stats), *map(sum, columns))
+    numbers = [name for name in Stats.__struct_fields__ if name not in ("n_steps", "store")]
+    sums = {name: sum(getattr(s, name) for s in stats) for name in numbers}
+    stores = [s.store for s in stats if s.store is not None]
+    store = reduce(StoreStats.__add__, stores) if stores else None
+    return msgspec.structs.replace(stats[0], **sums, n_steps=max(s.n_steps for s in stats), store=store)
 
 
 class Pulse:

@@ -74,7 +74,7 @@ def model_digest(folder: Path) -> str:
     if not files:
         raise BadConfig(f"{folder}: holds no .safetensors file")
     for path in files:
-        tensors = sorted((n, t.get("dtype"), t.get("shape")) for n, t in _header(path).items() if n != "__metadata__")
+        tensors = sorted((n, t.get("dtype"), t.get("shape")) for n, t in header(path).items() if n != "__metadata__")
         digest.update(json.dumps([path.name, path.stat().st_size, tensors]).encode())
     return digest.hexdigest()[:16]
 
@@ -108,7 +108,7 @@ def folder_name(model: str) -> str:
     return "" if Path(model).resolve() == DEMO_MODEL.resolve() else str(Path(model).resolve())
 
 
-def _header(path: Path) -> dict[str, dict[str, object]]:
+def header(path: Path) -> dict[str, dict[str, object]]:
     def read() -> bytes:
         with path.open("rb") as file:
             n = int.from_bytes(file.read(8), "little")

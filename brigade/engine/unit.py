@@ -34,6 +34,7 @@ from brigade.engine.messages import (
     Ready,
     Refused,
     Reserved,
+    Rouse,
     Settled,
     Staged,
     Start,
@@ -251,6 +252,7 @@ class Unit:
                 | Computed()
                 | Adopted()
                 | Gone()
+                | Rouse()
             ):
                 if isinstance(message, Step) and self.whole:
                     self._n_failed = dict.fromkeys(self._host, 0)

@@ -58,6 +58,8 @@ class Worker:
     histories: dict[int, History]
     dtype: str = "bfloat16"
     """Of activations and cache."""
+    arithmetic: str = ""
+    """What decides how results are rounded: the library with its kind of weights, or torch's version and code path."""
     kv_file: int = -1
     """Shared memory for the cache, if others are to read it."""
     notes: list[str] = field(default_factory=list)
@@ -123,7 +125,9 @@ class Worker:
                 files = ExpertFiles(checkpoint, dtype)
                 mover = Mover(model, spread, files, unit.rank, placement, portion, spec.n_dense)
         notes = [computing.note, threads_note]
-        return cls(spec, model, config.page, {}, computing.dtype, notes=notes, mover=mover, wire=way)
+        return cls(
+            spec, model, config.page, {}, computing.dtype, _arithmetic(computing), notes=notes, mover=mover, wire=way
+        )
 
     def make_cache(self, config: EngineConfig, machine: auto.Machine) -> auto.Resolved:
         """Make the cache from what the weights leave free. Raises ValueError, MemoryError."""
@@ -192,6 +196,12 @@ def _wire(config: EngineConfig, spec: ModelSpec, model: Model, dtype: torch.dtyp
     if isinstance(model, CpuModel) and (config.wire == "int8" or config.wire == "fp8"):
         codec = TileCodec(model.kernels, config.wire)
     return wire(config.wire, spec.dim, dtype, codec)
+
+
+def _arithmetic(computing: auto.Computing) -> str:
+    if computing.library is None:
+        return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()} {computing.dtype}"
+    return f"{computing.library.name} {computing.kind}"
 
 
 def _experts(placement: Placement, rank: int) -> list[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from brigade.engine.messages import StoreStats
 from brigade.engine.output import Timings
 
 if TYPE_CHECKING:
@@ -54,7 +55,10 @@ class Metrics:
         )
         self._prompt = Counter("brigade_prompt_tokens", "Prompt tokens, cached ones included.", registry=registry)
         self._cached = Counter(
-            "brigade_cached_prompt_tokens", "Prompt tokens found in the prefix cache.", registry=registry
+            "brigade_cached_prompt_tokens",
+            "Prompt tokens found in the prefix cache, by where they were.",
+            ["tier"],
+            registry=registry,
         )
         self._generated = Counter("brigade_generation_tokens", "Tokens generated.", registry=registry)
         self._finished = Counter(
@@ -63,14 +67,18 @@ class Metrics:
         self._restarts = Counter("brigade_worker_restarts", "Times the worker was replaced.", registry=registry)
         for reason in _FINISH_REASONS:  # so that rates are 0 and not missing before the first one
             self._finished.labels(reason)
+        for tier in ("memory", "disk"):
+            self._cached.labels(tier)
 
     # Observer
 
-    def first_token(self, seconds: float, n_prompt: int, n_cached: int) -> None:
-        """A request's first token came, `seconds` after it was submitted."""
+    def first_token(self, seconds: float, n_prompt: int, n_cached: int, n_stored: int) -> None:
+        """A request's first token came, `seconds` after it was submitted. Of its cached tokens, `n_stored` were on
+        disk."""
         self._ttft.observe(seconds)
         self._prompt.inc(n_prompt)
-        self._cached.inc(n_cached)
+        self._cached.labels("memory").inc(n_cached - n_stored)
+        self._cached.labels("disk").inc(n_stored)
         self._generated.inc()
 
     def next_token(self, seconds: float) -> None:
@@ -137,9 +145,27 @@ class _EngineState(Collector):
         yield fetched
         waited = "Time that requests waited for rows after their first token."
         yield CounterMetricFamily("brigade_kv_transfer_seconds", waited, value=seconds)
+        if stats.store is not None:
+            yield from _store(stats.store)
         # These start again from 0 with a new worker, which Prometheus' rate() understands.
         yield CounterMetricFamily("brigade_num_preemptions", "Requests preempted.", value=stats.n_preempted)
         yield CounterMetricFamily("brigade_steps", "Steps run.", value=stats.n_steps)
+
+
+def _store(store: StoreStats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("brigade_kv_disk_well", "1 while all ranks can use the disk store.", value=store.well)
+    yield GaugeMetricFamily("brigade_kv_disk_used_bytes", "Bytes of the disk store.", value=store.used_bytes)
+    for name, text, value in (
+        ("read_bytes", "Bytes read from the disk store.", store.read_bytes),
+        ("written_bytes", "Bytes written to the disk store.", store.written_bytes),
+        ("evictions", "Entries of the disk store removed to make room.", store.evicted),
+        ("dropped", "Requests whose pages were not all written: the disk was too slow, or off.", store.dropped),
+    ):
+        yield CounterMetricFamily(f"brigade_kv_disk_{name}", text, value=value)
+    errors = CounterMetricFamily("brigade_kv_disk_errors", "What went wrong with the disk store.", labels=["kind"])
+    for kind, n in (("damaged", store.damaged), ("late", store.late), ("failed", store.failed)):
+        errors.add_metric([kind], n)
+    yield errors
 
 
 def _by_label(name: str, text: str, label: str, values: Mapping[str, int]) -> GaugeMetricFamily:

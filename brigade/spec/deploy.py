@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from brigade.spec.layout import Host, Layout, Role, cut_off, is_loopback
-from brigade.spec.sizes import parse_size
+from brigade.spec.sizes import parse_disk, parse_size
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
@@ -62,6 +62,8 @@ class Limits:
     """Tokens of one step of a rank."""
     kv_memory: int | None = None
     """Bytes of a rank's KV cache."""
+    kv_disk: str | None = None
+    """Folder on each host that keeps what has left this cache, and its bound, as "/mnt/nvme:200GiB"."""
 
     def over(self, wide: "Limits") -> "Limits":
         """These limits, and those of `wide` where these say nothing."""
@@ -310,7 +312,11 @@ def _limits(table: _Table, source: _Source, path: Path = ()) -> Limits:
         return Limits()
     inner = _Table(table.take("limits", lambda v: v), (*path, "limits"), LIMIT_KEYS, source)
     numbers = {key: inner.take(key, _number(key), None) for key in LIMIT_KEYS if key in BOUNDS}
-    return Limits(**numbers, kv_memory=inner.take("kv_memory", _size("kv_memory"), None))
+    return Limits(
+        **numbers,
+        kv_memory=inner.take("kv_memory", _size("kv_memory"), None),
+        kv_disk=inner.take("kv_disk", _disk, None),
+    )
 
 
 def _change_roles(table: _Table, source: _Source) -> ChangeRoles | None:
@@ -395,6 +401,12 @@ def _text(v: object) -> str:
     if "\0" in v:
         raise ValueError("must not hold a NUL character")
     return v
+
+
+def _disk(v: object) -> str:
+    text = _text(v)
+    parse_disk(text)
+    return text
 
 
 def _list(v: object) -> list[Any]:

@@ -28,6 +28,16 @@ def parse_size(text: str) -> int:
     return int(int(whole) * factor + int(fraction or 0) * factor // 10 ** len(fraction))
 
 
+def parse_disk(text: str) -> tuple[str, int]:
+    """Folder and bytes of "/mnt/nvme:200GiB". Raises ValueError."""
+    folder, colon, size = text.rpartition(":")
+    if not colon or not folder.startswith("/") or "\0" in folder:
+        raise ValueError(f"{text!r} must be a folder, from / on, and a size, like /mnt/nvme:200GiB")
+    if not (n := parse_size(size)):
+        raise ValueError(f"{text!r} leaves no room for anything; give a size, like /mnt/nvme:200GiB")
+    return folder, n
+
+
 def show_size(n_bytes: float) -> str:
     """Bytes in the largest unit that leaves at least 1: 1536 -> "1.5 KiB"."""
     value, unit = float(n_bytes), 0

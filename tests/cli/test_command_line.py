@@ -84,6 +84,10 @@ def test_help_names_the_extra_that_ray_needs() -> None:
     ("args", "message"),
     [
         (("--dtype", "int3"), "dtype must be auto, bfloat16, float16 or float32, not 'int3'"),
+        (("--kv-disk", "/mnt"), "'/mnt' must be a folder, from / on, and a size, like /mnt/nvme:200GiB"),
+        (("--kv-disk", "here:1GiB"), "'here:1GiB' must be a folder, from / on, and a size"),
+        (("--kv-disk", "/:0"), "'/:0' leaves no room for anything"),
+        (("--kv-disk", "/no/such:1GiB"), "--kv-disk: /no/such is not a folder; make it, or mount what belongs there"),
         (("--kv-memory", "lots"), "'lots' is not a size; write it like 512MiB or 2GiB"),
         (("--kv-memory", "2G"), "ambiguous"),
         (("--kv-memory", "0"), "--kv-memory 0 leaves no room for any request"),

@@ -130,6 +130,7 @@ def test_memory_is_that_of_the_ranks_of_a_host(tmp_path: Path) -> None:
         ("units: [{role: mixed}]", (), "'rank_memory' is missing; pods ask for memory by it"),
         ("units: [{role: decode}]", (), "there are only decode units"),
         ("units: [{role: decode}, {role: prefill}]", (), "'rank_memory' is missing"),
+        ("rank_memory: 1GiB\nlimits: {kv_disk: '/mnt:1GiB'}", (), "kv_disk: pods written here have no disk for it"),
         (ONE_HOST, ("--name", "Crew"), "--name must be up to 31 small letters"),
         (ONE_HOST, ("--name", "x" * 32), "--name must be up to 31 small letters"),
     ],

@@ -96,9 +96,11 @@ def test_a_fleet_on_two_hosts_is_started_from_one_file_and_its_hand_overs_are_in
 
 def test_settings_of_the_file_are_the_engines(tmp_path: Path) -> None:
     limits = {"max_running": 5, "max_waiting": 6, "max_context": 70, "max_step_tokens": 80, "kv_memory": "1MiB"}
+    limits["kv_disk"] = "/mnt/a:b:2MiB"
     data = {"weights": "int8", "limits": limits, "units": [{"role": "mixed", "ranks_per_host": 3}]}
     engine = engine_config(Deployed(tmp_path / "d.yaml", deployment_from(data)), read_spec(DEMO_MODEL))
     assert (engine.model, engine.weights, engine.ranks, engine.kv_bytes) == (str(DEMO_MODEL), "int8", 3, 1 << 20)
+    assert (engine.kv_disk, engine.kv_disk_bytes) == ("/mnt/a:b", 2 << 20)
     assert (engine.max_running, engine.max_waiting, engine.max_context, engine.max_step_tokens) == (5, 6, 70, 80)
 
 

@@ -22,7 +22,7 @@ class Ears:
     def __init__(self) -> None:
         self.heard: list[tuple[str, Any]] = []
 
-    def first_token(self, seconds: float, n_prompt: int, n_cached: int) -> None:
+    def first_token(self, seconds: float, n_prompt: int, n_cached: int, n_stored: int) -> None:
         self.heard.append(("first", (n_prompt, n_cached)))
 
     def next_token(self, seconds: float) -> None:

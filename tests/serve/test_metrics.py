@@ -19,7 +19,7 @@ def samples(text: str) -> dict[str, float]:
 async def test_metrics_show_what_the_engine_reported(engine: FakeEngine) -> None:
     metrics = Metrics()
     app = make_app(engine, ServeConfig(served_name="fox"), metrics)  # type: ignore[arg-type]
-    metrics.first_token(0.2, n_prompt=10, n_cached=4)
+    metrics.first_token(0.2, n_prompt=10, n_cached=4, n_stored=3)
     metrics.next_token(0.03)
     metrics.next_token(0.05)
     metrics.finished(Timings(ttft=0.2, total=0.28, n_tokens=3), "stop")
@@ -38,7 +38,8 @@ async def test_metrics_show_what_the_engine_reported(engine: FakeEngine) -> None
         "brigade_e2e_request_latency_seconds_count": 1,
         "brigade_e2e_request_latency_seconds_sum": 0.28,
         "brigade_prompt_tokens_total": 10,
-        "brigade_cached_prompt_tokens_total": 4,
+        'brigade_cached_prompt_tokens_total{tier="memory"}': 1,
+        'brigade_cached_prompt_tokens_total{tier="disk"}': 3,
         "brigade_generation_tokens_total": 3,
         'brigade_request_finished_total{reason="stop"}': 1,
         'brigade_request_finished_total{reason="abort"}': 1,

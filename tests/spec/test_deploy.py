@@ -40,7 +40,7 @@ def test_the_set_of_keys_is_small_and_known() -> None:
     )
     assert " ".join(KEYS) == top
     assert " ".join(UNIT_KEYS) == "role name count hosts ranks_per_host redundant_experts limits"
-    assert " ".join(LIMIT_KEYS) == "max_running max_waiting max_context max_step_tokens kv_memory"
+    assert " ".join(LIMIT_KEYS) == "max_running max_waiting max_context max_step_tokens kv_memory kv_disk"
 
 
 def test_an_empty_mapping_is_one_rank_of_the_demo_model_here() -> None:
@@ -141,6 +141,11 @@ def test_units_may_share_one_host() -> None:
         ({"units": [unit(ranks_per_host=65)]}, "units[0].ranks_per_host: must be from 1 to 64, not 65"),
         ({"limits": {"max_runing": 1}}, "limits.max_runing: unknown key; did you mean 'max_running'?"),
         ({"limits": {"max_context": -1}}, "limits.max_context: must be from 1 to 16777216, not -1"),
+        (
+            {"limits": {"kv_disk": "/mnt"}},
+            "limits.kv_disk: '/mnt' must be a folder, from / on, and a size, like /mnt/n",
+        ),
+        ({"limits": {"kv_disk": 7}}, "limits.kv_disk: must be text, not 7"),
         ({"limits": {"kv_memory": "2G"}}, "limits.kv_memory: '2G' is ambiguous; write 2GiB (1024) or 2GB (1000)"),
         (
             {"limits": {"kv_memory": "9" * 5000}},
