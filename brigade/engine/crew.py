@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from brigade.core.handover import State
 from brigade.core.roles import SIDES, Duty, Side, UnitState, last_of
 from brigade.engine.client import Engine
 from brigade.engine.flight import RequestPart
@@ -44,6 +45,12 @@ class Member:
 
     def n(self, side: Side) -> int:
         return sum(part.side == side for part in self.parts.values())
+
+    @property
+    def holds_room(self) -> bool:
+        """Whether it keeps pages for prompts that are still to be computed somewhere: it was a decode unit."""
+        waiting = (State.ROUTED, State.PREFILLING)
+        return any(p.side == "decode" and not p.whole and p.flight.state in waiting for p in self.parts.values())
 
     @property
     def told(self) -> UnitState:
@@ -184,6 +191,8 @@ class Crew:
         doing = {m: m.duty for m in self.members}
         there = {m for m, duty in doing.items() if side in duty.sides and duty.up}
         there = {m for m in there if m.engine.health().ready} or there
+        if side == "prefill":  # prompts that wait for room which is kept for such prompts could wait for ever
+            there = {m for m in there if not m.holds_room} or there
         return {i: _role_of(doing[m]) for i, (m, _) in enumerate(self._at) if m in there}
 
     def _settle(self, member: Member) -> None:

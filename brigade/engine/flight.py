@@ -99,8 +99,8 @@ class Flight:
             self._do(action)
         if State.ENDED is self.handover.state:
             self._end(drop=False)
-        if self._placed is not None and self.state is not State.QUEUED and not self._placed.done():
-            self._placed.set_result(None)
+        elif self.state is not State.QUEUED:
+            self._wake()
 
     def on_token(self, part: RequestPart, token: Token) -> None:
         """A token of the decode rank, or one of the prefill rank that is the last."""
@@ -228,6 +228,12 @@ class Flight:
         for side in list(self._parts):
             self._leave(side, drop)
         self._fleet.ended(self)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Whoever waits for a unit need not any more."""
+        if self._placed is not None and not self._placed.done():
+            self._placed.set_result(None)
 
     def _arm(self) -> None:
         """Begin the time of a state anew. Timers are set rarely: one that ends too early is set again."""

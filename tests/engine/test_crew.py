@@ -12,7 +12,7 @@ import pytest_asyncio
 from brigade.engine.crew import Member
 from brigade.engine.fleet import Fleet
 from brigade.engine.fleet_config import FleetConfig
-from brigade.engine.output import NotAllowed, UnknownUnit
+from brigade.engine.output import NotAllowed, Unavailable, UnknownUnit
 from tests.engine.asking import until
 from tests.engine.test_fleet import GREEDY, LONG, all_pages_are_back, ask_all, pids, running, said, some_prompts, unit
 from tests.engine.test_fleet import alone as alone
@@ -189,3 +189,8 @@ async def test_requests_of_a_unit_alone_go_on_when_a_rank_is_lost(alone: Says) -
         assert await all_pages_are_back(fleet)
         with pytest.raises(NotAllowed, match="mixed-0 is the only unit"):
             fleet.crew.set_role("mixed-0", "decode", force=True)
+        fleet.crew.drain("mixed-0", force=True)
+        waiting = asyncio.create_task(fleet.submit(PROMPTS[0], GREEDY))
+        await asyncio.sleep(0.05)
+    with pytest.raises(Unavailable, match="the engine was closed"):
+        await asyncio.wait_for(waiting, 1)

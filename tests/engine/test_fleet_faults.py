@@ -122,6 +122,9 @@ async def test_no_state_lasts_longer_than_its_deadline() -> None:
                 await asyncio.wait_for(said(generation), 3)
             resume(stopped)
             assert await all_pages_are_back(fleet)
+        fleet.crew.drain("decode-0", force=True)
+        with pytest.raises(Unavailable, match="no unit could take the request within 1 s: no decode unit: none takes"):
+            await asyncio.wait_for(fleet.submit(some_prompts(9)[2], LONG), 3)
 
 
 async def test_a_request_waits_no_longer_for_a_prefill_unit_than_for_a_decode_unit(

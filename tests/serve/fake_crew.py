@@ -4,6 +4,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+from brigade.core.handover import State
 from brigade.engine.config import DEMO_MODEL, EngineConfig
 from brigade.engine.crew import Crew, Member
 from brigade.engine.flight import RequestPart
@@ -41,6 +42,6 @@ def fake_crew(*roles: Role) -> Crew:
     return Crew(members)
 
 
-def give(crew: Crew, side: Any, rid: int) -> RequestPart | None:
-    """A part of some request."""
-    return crew.choose(SimpleNamespace(tokens=[1, 2, 3], salt=""), side, rid, 8)  # type: ignore[arg-type]
+def give(crew: Crew, side: Any, rid: int, state: State = State.DECODING) -> RequestPart | None:
+    """A part of some request in this state."""
+    return crew.choose(SimpleNamespace(tokens=[1, 2, 3], salt="", state=state), side, rid, 8)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from brigade.core.handover import State
 from brigade.serve.admin import AdminApp
 from brigade.serve.config import AdminConfig, ConfigError, ServeConfig
 from tests.engine.asking import until
@@ -99,6 +100,15 @@ async def test_a_unit_changes_its_role(admin: httpx.AsyncClient, crew: Any) -> N
     assert give(crew, "decode", 2).unit is not part.unit
     assert "prefill-0" in {give(crew, "prefill", i).unit.name for i in range(3, 9)}
     assert (await order(admin, part.unit.name, "role", role="prefill"))["state"] == "serving"
+
+
+async def test_a_unit_that_keeps_room_for_prompts_does_not_compute_them(crew: Any) -> None:
+    """They could wait there for the room that is kept for them."""
+    part = give(crew, "decode", 1, State.PREFILLING)
+    crew.set_role(part.unit.name, "mixed")
+    assert {give(crew, "prefill", i).unit.name for i in range(2, 9)} == {"prefill-0"}
+    part.flight.state = State.DECODING
+    assert part.unit.name in {give(crew, "prefill", i).unit.name for i in range(9, 19)}
 
 
 @pytest.mark.parametrize(
