@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from brigade.cli import plan_simulate
 from brigade.cli.fault import Fault, one_line
 
 if TYPE_CHECKING:
     from brigade.plan.case import Case
     from brigade.plan.question import Answer
-    from brigade.plan.rates import Calibration
 
 app = typer.Typer(
     help="Say which deployment your servers should run: boxes, an expert-parallel cluster, or a smaller model.",
@@ -21,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.command()(plan_simulate.simulate)
 
 CalibrateOption = Annotated[
     Path | None, typer.Option("--calibrate", help="Your own measurements (JSON), folded into the calibration.")
@@ -61,7 +63,7 @@ def plan(
     """Say which deployment your servers should run: boxes, an expert-parallel cluster, or a smaller model."""
     if ctx.invoked_subcommand is not None:
         return
-    from brigade.cli.plan_question import Asked, question
+    from brigade.cli.plan_question import Asked, calibration, question
     from brigade.plan.ask import answer
     from brigade.plan.case import BadPoints
     from brigade.plan.models import BadModel
@@ -111,15 +113,6 @@ def write_deployment(path: Path, a: "Answer") -> None:
         typer.echo(f"{path}: option {number}, because option 1 needs {lacks}, which Brigade does not have", err=True)
 
 
-def calibration(path: Path | None) -> "Calibration":
-    """The shipped calibration, with a user's measurements if there are any."""
-    from brigade.plan.calibrate import folded
-    from brigade.plan.points import read_points
-    from brigade.plan.rates import shipped
-
-    return shipped() if path is None else folded(shipped(), read_points(path))
-
-
 def write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
@@ -135,6 +128,7 @@ def reproduce(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Print published measurements beside the predictions, with errors."""
+    from brigade.cli.plan_question import calibration
     from brigade.plan.case import BadPoints
     from brigade.plan.points import read_points, shipped_points, shipped_rows
     from brigade.plan.reproduce import compare, fleet, ratios

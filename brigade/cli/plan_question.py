@@ -60,9 +60,14 @@ def question(asked: Asked, c: "Calibration") -> "Question":
     if asked.price is not None:
         price = read.dollars("--price", asked.price)
         fleets = tuple(replace(s, device=replace(s.device, price=price)) for s in fleets)
+    priced = {s.device.price is not None for s in fleets}
+    if len(priced) > 1:
+        fleets = tuple(replace(s, device=replace(s.device, price=None)) for s in fleets)
     found = find_model(asked.model)
     name = asked.precision or found.stored
     assumed = [] if asked.precision else [say("precision {name}: as the model's authors publish it", name=name)]
+    if len(priced) > 1:
+        assumed.append(say("prices are not known for all kinds of servers: cards are counted instead"))
     if "k" in (asked.n_in + asked.n_out).lower().replace("ki", ""):
         assumed.append(say("1k tokens = 1000"))
     hit = read.share("--hit-rate", asked.hit_rate)
@@ -149,3 +154,12 @@ def read_loads(path: Path | None, n_experts: int) -> tuple[tuple[float, ...], ..
             f"--loads {path}: every layer needs {n_experts} counts, one for each expert, none negative, not all 0"
         )
     return counts
+
+
+def calibration(path: Path | None) -> "Calibration":
+    """The shipped calibration, with a user's measurements if there are any."""
+    from brigade.plan.calibrate import folded
+    from brigade.plan.points import read_points
+    from brigade.plan.rates import shipped
+
+    return shipped() if path is None else folded(shipped(), read_points(path))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import accumulate
 
 from brigade.plan.ask import serve
 from brigade.plan.explained import Line, explain
@@ -21,7 +22,7 @@ STYLE = (
     "body{font:15px/1.5 system-ui,'Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif;max-width:64em;"
     "margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;width:100%}"
     "td,th{border-bottom:1px solid #ddd;padding:.3em .5em;text-align:left;vertical-align:top}"
-    "td{overflow-wrap:anywhere}td.n{white-space:nowrap}.wide{overflow-x:auto}.lead{font-size:1.2em}"
+    "td{overflow-wrap:anywhere}td:last-child{min-width:13em}td.n{white-space:nowrap}.wide{overflow-x:auto}.lead{font-size:1.2em}"
     "svg{width:100%;height:auto}svg text{font:12px system-ui,'Noto Sans CJK SC','PingFang SC',sans-serif}"
 )
 Tell = Callable[[Say | str], str]
@@ -125,9 +126,11 @@ def _pareto(a: Answer, c: Calibration, t: Tell) -> str:
     if not curves:
         return _paragraph(t(say("no layout keeps any of these promises")))
     top = max(y for line in curves.values() for _, y in line)
-    plot = Plot(1 / PROMISES[0], top * 1.1, t(say("tokens/s of one user")), t(say("output tok/s/card")))
-    for family, points in curves.items():
-        plot.line(sorted(points), FAMILY_COLOUR[family])
+    plot = Plot(1 / PROMISES[0], top, t(say("tokens/s of one user")), t(say("output tok/s/card")))
+    for family, points in curves.items():  # who keeps a promise keeps every looser one
+        speeds = sorted(points, reverse=True)
+        best = accumulate((rate for _, rate in speeds), max)
+        plot.line([(speed, rate) for (speed, _), rate in zip(speeds, best, strict=True)], FAMILY_COLOUR[family])
     plot.legend([(t(NAMES[family]), FAMILY_COLOUR[family]) for family in curves], left=400)
     return plot.svg()
 
@@ -163,7 +166,7 @@ def _crossover(a: Answer, t: Tell) -> str:
         return ""
     most = max(users for users, _ in a.curve)
     top = max(n for _, row in a.curve for n in row.values())
-    plot = Plot(float(most), top * 1.1, t(say("concurrent users")), t(say("nodes")))
+    plot = Plot(float(most), top, t(say("concurrent users")), t(say("nodes")))
     names = []
     for family, colour in FAMILY_COLOUR.items():
         points: list[tuple[float, float]] = []

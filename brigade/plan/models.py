@@ -39,6 +39,11 @@ class Model:
         return facts(self.spec, precision, self.window, self.windowed)
 
     @property
+    def found_by(self) -> str:
+        """What find_model finds it by."""
+        return self.source.removesuffix("/config.json") if self.source.endswith("/config.json") else self.name
+
+    @property
     def n_experts(self) -> int:
         """Routed experts of a layer."""
         return self.spec.moe.n_experts if self.spec.moe else 0

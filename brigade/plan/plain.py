@@ -16,7 +16,8 @@ def as_data(a: Answer, c: Calibration) -> dict[str, Any]:
     w = Workload(first.users, q.n_in, q.n_out, q.hit)
     return {
         "question": {
-            "model": q.model.name, "servers": [[s.n, s.per_node, s.device.name] for s in q.fleets], "users": q.users,
+            "model": q.model.name, "model_from": q.model.found_by,
+            "servers": [[s.n, s.per_node, s.device.name] for s in q.fleets], "users": q.users,
             "input": q.n_in, "output": q.n_out, "hit_rate": q.hit, "tpot_s": q.slo.tpot, "ttft_s": q.slo.ttft,
             "precision": q.precision_name, "kv": q.precision.kv, "engine": q.engine, "draft": q.can_draft,
             "balanced": q.loads.balanced, "night": q.night,

@@ -2,8 +2,17 @@
 
 from collections.abc import Sequence
 from html import escape
+from math import floor, log10
 
 COLOURS = ("#2f6f9f", "#c8553d", "#5b8e3e", "#8a5aa8", "#d19a2a", "#4aa3a3", "#a33d6b", "#777777", "#3d5aa3", "#b08968")
+
+
+def round_up(most: float) -> float:
+    """The end of an axis whose quarters are round numbers."""
+    if most <= 0:
+        return 1.0
+    unit = 10.0 ** floor(log10(most / 4))
+    return next(4 * unit * x for x in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10) if 4 * unit * x >= most)
 
 
 class Plot:
@@ -12,7 +21,7 @@ class Plot:
     WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 320, 70, 45, 15, 20
 
     def __init__(self, x_most: float, y_most: float, x_name: str, y_name: str) -> None:
-        self.x_most, self.y_most = x_most or 1.0, y_most or 1.0
+        self.x_most, self.y_most = round_up(x_most), round_up(y_most)
         self.out: list[str] = []
         for i in range(5):
             x, y = self.x_most * i / 4, self.y_most * i / 4

@@ -17,7 +17,7 @@ NAMES: Mapping[str, Say] = {
     "wide mixed": say("one unit over nodes, prefill and decode mixed"),
     "cluster": say("expert-parallel cluster, prefill and decode apart"),
     "two kinds": say("prefill on one kind of servers, decode on the other"),
-    "pipeline": say("with pipeline stages, of which no measurement was fitted"),
+    "pipeline": say("pipeline stages (no measurement fitted)"),
 }
 LIMITS: Mapping[str, Say] = {
     "kv memory": say("the cache fills its memory"),

@@ -34,6 +34,7 @@ from brigade.plan.serving import (
     step_of,
 )
 from brigade.plan.step import Setup, decode_step, prefill_step, tokens_per_step
+from brigade.spec.layout import Role
 from brigade.spec.work import Facts, Grid
 
 MOST_BATCH = 1024.0
@@ -56,7 +57,7 @@ class Slo:
 class Unit:
     """One kind of unit at its best operating point."""
 
-    role: str
+    role: Role
     """'mixed', 'prefill' or 'decode'."""
     nodes: float
     pool: Pool
@@ -129,7 +130,9 @@ def pipelines(f: Facts, fleet: Servers) -> Iterator[tuple[float, Grid]]:
 
 
 def spares(n_experts: int, ep: int) -> list[int]:
-    """Spare expert slots: as few as fill the ranks evenly, and one slot more on each rank."""
+    """Spare expert slots: as few as fill the ranks evenly, and one more on each rank; one rank alone needs none."""
+    if ep == 1:
+        return [0]
     per_rank = ceil(n_experts / ep)
     return [s * ep - n_experts for s in (per_rank, per_rank + 1) if s * ep <= 2 * n_experts + ep]
 
