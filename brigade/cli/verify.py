@@ -27,6 +27,10 @@ def verify(
         raise Fault(f"{plan}: cannot be read ({e.strerror})", 2) from e
     except (ValueError, httpx.InvalidURL) as e:
         raise Fault(str(e) if isinstance(e, BadMetrics) else f"{plan} or {metrics}: {e}", 2) from e
+    except httpx.HTTPStatusError as e:
+        raise Fault(
+            f"{metrics}: answered {e.response.status_code}; give the URL of a running server's metrics", 2
+        ) from e
     except httpx.HTTPError as e:
         raise Fault(f"{metrics}: {e}; give the URL of a running server's metrics", 2) from e
     for x in lines:

@@ -32,3 +32,14 @@ class Case:
     measured: float
     sd: float
     predict: Callable[[Calibration], float]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.measured < float("inf"):
+            raise BadPoints(f"{self.name}: measured {self.metric} must be more than 0, not {self.measured}")
+
+    def predicted(self, c: Calibration) -> float:
+        """Raises BadPoints where its configuration cannot be."""
+        try:
+            return self.predict(c)
+        except (ArithmeticError, ValueError) as e:
+            raise BadPoints(f"{self.name}: {self.metric} cannot be predicted from what is said ({e})") from e

@@ -30,7 +30,7 @@ def deployment_yaml(o: Option, q: Question) -> str:
         f"# written by brigade plan: {o.name}",
         f"# {o.why}",
         "# put your hosts' addresses, the model's folder and your key files in place of these",
-        f"model: {o.model}",
+        f"model: {q.model.found_by}",
         f"weights: {WEIGHTS[q.precision_name]}",
         f"rank_memory: {int(least // 1e9)}GB",
         "listen: 127.0.0.1:8000",

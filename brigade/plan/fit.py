@@ -72,7 +72,7 @@ def tail(case: Case) -> float:
 
 def residual(case: Case, c: Calibration) -> float:
     """log predicted - log measured."""
-    return log(max(case.predict(c), 1e-12) / case.measured)
+    return log(max(case.predicted(c), 1e-12) / case.measured)
 
 
 @dataclass

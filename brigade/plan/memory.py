@@ -44,17 +44,20 @@ def memory(f: Facts, grid: Grid, device: Device, usable: float = USABLE, drafts:
     With pipeline stages a rank holds its stage's share of the layers, and of every token's cache; embedding and head
     are on different stages.
     """
-    share = -(-f.n_layers // grid.pp) / f.n_layers
+    share = kv_share = -(-f.n_layers // grid.pp) / f.n_layers
     slots = -(-(f.n_experts + grid.redundant) // grid.routed) if f.n_moe else 0
     layers = f.n_moe * share + (1 if drafts and f.n_moe else 0)
     dense = f.cut_bytes / grid.tp + f.whole_bytes + f.gate_bytes + f.norm_bytes
-    dense *= share + (1.5 / f.n_layers if drafts else 0)
+    dense *= share
+    if drafts:  # one layer more, with a cache of its own
+        dense += f.draft_cut_bytes / grid.tp + f.draft_whole_bytes
+        kv_share += 1 / f.n_layers
     experts = layers * slots * f.expert_bytes / grid.moe_tp
     shared = 0.0 if grid.shared_ranks else layers * f.shared_bytes / grid.tp
     head = (f.head_bytes + f.lookup_bytes if grid.pp == 1 else max(f.head_bytes, f.lookup_bytes)) / grid.tp
     reserved = (RESERVED if device.kind == "gpu" else CPU_RESERVED) + device.hbm * (1 - usable)
     free = device.hbm - reserved - dense - experts - shared - head
-    return Memory(dense, experts, shared, head, reserved, free, share * f.kv_bytes / kv_cut(f, grid.tp))
+    return Memory(dense, experts, shared, head, reserved, free, kv_share * f.kv_bytes / kv_cut(f, grid.tp))
 
 
 def weight_bytes(f: Facts) -> float:

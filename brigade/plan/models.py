@@ -5,6 +5,7 @@ wider; what it reads this way is for planning and never reaches the loader.
 """
 
 import json
+import os.path
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -70,7 +71,7 @@ def find_model(name: str) -> Model:
     path = Path(name)
     if path.name == "config.json":
         path = path.parent
-    if (path / "config.json").exists():
+    if os.path.isfile(path / "config.json"):  # also where the name is no path at all
         return _local(path)
     key = name.lower().rsplit("/", 1)[-1].removesuffix("-instruct").replace("_", "-")
     models = known()
@@ -79,7 +80,7 @@ def find_model(name: str) -> Model:
     if (short := key.removeprefix("deepseek-")) in models:
         return models[short]
     near = get_close_matches(key, models, 1, 0.0)[0]
-    raise BadModel(f"model '{name}' is not known; the nearest is {near} (or give a folder with its config.json)")
+    raise BadModel(f"model '{name[:60]}' is not known; the nearest is {near} (or give a folder with its config.json)")
 
 
 def _local(folder: Path) -> Model:
@@ -122,7 +123,7 @@ def wide_spec(config: dict[str, Any], where: str) -> ModelSpec:
         return default
 
     heads, dim, layers = take("num_attention_heads"), take("hidden_size"), take("num_hidden_layers")
-    if not (heads and dim and layers):
+    if not (heads and dim and 0 < layers < 10_000):
         raise BadConfig(f"{where}: num_attention_heads, hidden_size and num_hidden_layers must be at least 1")
     attention: Mla | Gqa
     if config.get("kv_lora_rank"):
@@ -156,6 +157,7 @@ def wide_spec(config: dict[str, Any], where: str) -> ModelSpec:
             norm_weights=True,
         )
     width = attention.rope if isinstance(attention, Mla) else attention.head_dim
+    _check(where, attention, moe)
     return ModelSpec(
         architecture=str(config.get("model_type", "unknown")),
         vocab=take("vocab_size"),
@@ -174,6 +176,22 @@ def wide_spec(config: dict[str, Any], where: str) -> ModelSpec:
         block_scale=None,
         eos_ids=(),
     )
+
+
+def _check(where: str, a: Mla | Gqa, moe: Moe | None) -> None:
+    """Sizes that cannot be. Raises BadConfig."""
+    if isinstance(a, Mla) and not (a.nope and a.rope and a.v):
+        raise BadConfig(f"{where}: qk_nope_head_dim, qk_rope_head_dim and v_head_dim must be at least 1")
+    if isinstance(a, Gqa) and not (a.head_dim and 0 < a.n_kv_heads <= a.n_heads):
+        raise BadConfig(f"{where}: head_dim must be at least 1, and num_key_value_heads from 1 to num_attention_heads")
+    if moe is None:
+        return
+    if not (0 < moe.top_k <= moe.n_experts and moe.ffn):
+        raise BadConfig(
+            f"{where}: num_experts_per_tok must be from 1 to the number of experts, moe_intermediate_size 1"
+        )
+    if not 0 < moe.top_groups <= moe.n_groups <= moe.n_experts:
+        raise BadConfig(f"{where}: topk_group must be at most n_group, and that at most the number of experts")
 
 
 def precision_of(name: str, kv: str = "") -> Precision:

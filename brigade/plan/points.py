@@ -46,20 +46,30 @@ def read_points(path: Path) -> list[Case]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":
-            return [case for row in csv.DictReader(text.splitlines()) for case in row_cases(row)]
+            return _some([case for row in csv.DictReader(text.splitlines()) for case in row_cases(row)])
         data = json.loads(text)
     except OSError as e:
         raise BadPoints(f"{path}: cannot be read ({e.strerror})") from e
-    except (ValueError, KeyError) as e:
+    except BadPoints as e:
+        raise BadPoints(f"{path}: {e}") from e
+    except (ValueError, KeyError, TypeError, ArithmeticError) as e:
         raise BadPoints(f"{path}: cannot be understood ({e}); give JSON with 'points', or InferenceX's CSV") from e
     points = data.get("points") if isinstance(data, dict) else None
     if not isinstance(points, list) or not points:
         raise BadPoints(f"{path}: key 'points' must be a list of measurements; see docs/planning.md")
-    return [case for p in points for case in cases_of(p, str(path))]
+    return _some([case for p in points for case in cases_of(p, str(path))])
+
+
+def _some(cases: list[Case]) -> list[Case]:
+    if not cases:
+        raise BadPoints("no point says enough to be predicted; see docs/planning.md")
+    return cases
 
 
 def cases_of(p: Mapping[str, Any], where: str) -> Iterator[Case]:
     """The cases of one point, one for each value named in its 'predict'. Raises BadPoints."""
+    if not isinstance(p, Mapping):
+        raise BadPoints(f"{where}: a point must be keys with values, not {str(p)[:40]!r}; see docs/planning.md")
     name = str(p.get("id", "?"))
     try:
         measured, work = p["measured"], p["workload"]

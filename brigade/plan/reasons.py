@@ -59,7 +59,7 @@ def why(layout: Layout, limit: str) -> Say:
     gigabytes = memory(pool.f, g, pool.device, drafts=pool.setup.draft).weights / 1e9
     each = unit.users / max(g.dp, 1)
     held = say(
-        "each card holds {gigabytes:.0f} GB of weights and {each:.0f} requests of a replica",
+        "each card holds {gigabytes:.3g} GB of weights and {each:.0f} requests of a replica",
         gigabytes=gigabytes, each=each,
     )  # fmt: skip
     if not pool.f.n_moe:
@@ -84,6 +84,8 @@ def sentence(q: Question, best: Option | None, options: list[Option]) -> Say:
         name=best.name, used=best.layout.nodes, have=q.n_nodes, users=q.users,
     )  # fmt: skip
     others = [o for o in options if (o.family, o.devices) != (best.family, best.devices)]
+    if not others and best.family == "boxes":
+        return say("{head}.", head=head)
     if not others:
         return say("{head}; a single box cannot hold the model with a request beside it.", head=head)
     clusters = [o for o in others if o.family != "boxes"]

@@ -174,6 +174,10 @@ class Facts:
     lookup_bytes: float
     """Embedding (0 where it is the head too)."""
     norm_bytes: float
+    draft_cut_bytes: float
+    """Of the multi-token-prediction layer, where the model has one: attention cut by heads."""
+    draft_whole_bytes: float
+    """The rest of it, its experts aside: attention, gate, norms, and the projection of its two inputs."""
     kv_bytes: float
     """Of one token, all layers."""
     kv_whole: bool
@@ -201,8 +205,14 @@ def facts(spec: ModelSpec, precision: Precision = FP8, window: int = 0, windowed
         total[key] += p.size
         total[key + " bytes"] += p.size * BYTES[precision.of(p)]
 
+    last = f"model.layers.{spec.n_layers - 1}."
     for p in params(spec):
         add(_group(p), p)
+        if spec.n_mtp and p.name.startswith(last) and _group(p) in ("cut", "whole", "gate", "norm"):
+            add("draft cut" if _group(p) == "cut" else "draft whole", p)
+    if spec.n_mtp:  # what joins the hidden state and the next token's embedding, and three norms
+        add("draft whole", Param("eh_proj.weight", (spec.dim, 2 * spec.dim), (None, None), scaled=True))
+        add("draft whole", Param("norms.weight", (3 * spec.dim,), (None,)))
     m, a = spec.moe, spec.attention
     n_moe = spec.n_layers - spec.n_dense if m else 0
     experts = m.n_experts if m else 0
@@ -240,6 +250,8 @@ def facts(spec: ModelSpec, precision: Precision = FP8, window: int = 0, windowed
         head_bytes=total[head + " bytes"],
         lookup_bytes=0.0 if spec.tied_head else total["lookup bytes"],
         norm_bytes=total["norm bytes"],
+        draft_cut_bytes=total["draft cut bytes"],
+        draft_whole_bytes=total["draft whole bytes"],
         kv_bytes=spec.kv_width * spec.n_layers * BYTES[precision.kv],
         kv_whole=isinstance(a, Mla),
         n_kv_heads=1 if isinstance(a, Mla) else a.n_kv_heads,

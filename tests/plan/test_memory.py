@@ -50,6 +50,37 @@ def test_a_latent_cache_is_whole_on_every_tp_rank_but_heads_are_cut() -> None:
     assert memory(gqa, Grid(8, 8, 8, 1), h20).kv_token == gqa.kv_bytes / 8
 
 
+def test_a_layer_that_drafts_is_held_with_its_experts_and_has_a_cache() -> None:
+    """DeepSeek-V3's README: 14 G parameters, of which embedding and head (1.85 G) are those of the main model."""
+    h200 = find_device("H200")
+    plain, drafting = (memory(F, Grid(8, 8, 1, 8), h200, drafts=n) for n in (0, 1))
+    whole = F.n_experts * F.expert + F.shared
+    attention = 187.1e6 + 1.84e6 * 2 + 2 * 7168**2  # the gate is kept in bf16
+    assert whole + attention + 1.85e9 == pytest.approx(14e9, rel=0.04)
+    assert drafting.weights - plain.weights == pytest.approx(
+        F.n_experts / 8 * F.expert + F.shared + attention, rel=1e-3
+    )
+    assert drafting.kv_token / plain.kv_token == pytest.approx(62 / 61)
+
+
+def test_pipeline_stages_share_layers_and_the_cache_of_each_token() -> None:
+    h800 = find_device("H800")
+    box, two = memory(F, Grid(8, 8, 8, 1), h800), memory(F, Grid(16, 8, 8, 1, pp=2), h800)
+    assert two.dense / box.dense == pytest.approx(31 / 61)
+    assert two.kv_token / box.kv_token == pytest.approx(31 / 61)
+    assert box.free < 0 < two.free
+
+
+def test_a_rank_without_the_shared_expert_holds_less() -> None:
+    grid = Grid(320, 320, 1, 320, 32)
+    apart = Grid(320, 320, 1, 320, 32, shared_ranks=32)
+    ascend = find_device("Ascend-910C")
+    assert memory(F, apart, ascend).shared == 0
+    assert memory(F, apart, ascend).experts == memory(F, grid, ascend).experts
+    with pytest.raises(ValueError, match="shared_ranks"):
+        Grid(8, 8, 1, 8, shared_ranks=8)
+
+
 DEMO = Path(brigade.__file__).parent / "demo"
 
 

@@ -160,6 +160,20 @@ def test_models_known_by_name_have_their_published_sizes(name: str, billions: fl
     assert used == pytest.approx(active_billions, rel=0.04)
 
 
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("deepseek-v3", 61 * (512 + 64)), ("deepseek-v2", 60 * (512 + 64)), ("kimi-k2", 61 * (512 + 64)),
+        ("qwen3-235b-a22b", 94 * 2 * 4 * 128), ("glm-4.5", 92 * 2 * 8 * 128), ("gpt-oss-120b", 36 * 2 * 8 * 64),
+        ("r1-distill-qwen-1.5b", 28 * 2 * 2 * 128), ("r1-distill-qwen-7b", 28 * 2 * 4 * 128),
+        ("r1-distill-qwen-14b", 48 * 2 * 8 * 128), ("r1-distill-qwen-32b", 64 * 2 * 8 * 128),
+        ("r1-distill-llama-8b", 32 * 2 * 8 * 128), ("r1-distill-llama-70b", 80 * 2 * 8 * 128),
+    ],
+)  # fmt: skip
+def test_cached_numbers_of_a_token_by_layers_heads_and_widths(name: str, numbers: int) -> None:
+    assert find_model(name).facts(BF16).kv_bytes == 2 * numbers
+
+
 def test_four_bit_experts_are_smaller_than_eight_and_sixteen_bit_ones() -> None:
     sizes = [MODEL.facts(p).expert_bytes for p in (FP4, FP8, BF16)]
     assert sizes == sorted(sizes)
