@@ -130,13 +130,15 @@ def reproduce(
     """Print published measurements beside the predictions, with errors."""
     from brigade.cli.plan_question import calibration
     from brigade.plan.case import BadPoints
-    from brigade.plan.points import read_points, shipped_points, shipped_rows
+    from brigade.plan.points import kept_aside, not_predicted, read_points, shipped_points, shipped_rows
     from brigade.plan.reproduce import compare, fleet, ratios
 
     try:
         c = calibration(calibrate)
         cases: list[Case] = read_points(points) if points else shipped_points() + (shipped_rows() if rows else [])
         parts = {"points": compare(cases, c)}
+        if not points:
+            parts["kept aside: fitted by no version"] = compare(kept_aside(), c)
     except BadPoints as e:
         raise Fault(str(e), 2) from e
     if not points:
@@ -155,6 +157,10 @@ def reproduce(
     inside = sum(x.inside for x in parts["points"])
     console.print(
         f"{len(errors)} values, mean absolute error {100 * sum(errors) / len(errors):.1f} %, median "
-        f"{100 * sorted(errors)[len(errors) // 2]:.1f} %, {inside} inside their 80 % interval. These points were "
-        "fitted; held-out errors stand in docs/planning.md."
+        f"{100 * sorted(errors)[len(errors) // 2]:.1f} %, {inside} inside their 80 % interval. "
+        + ("" if points else "These points were fitted; held-out errors stand in docs/planning.md.")
     )
+    if not points:
+        console.print(
+            f"Not predicted, because they say too little or of what is not modelled: {', '.join(not_predicted())}."
+        )

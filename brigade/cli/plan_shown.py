@@ -74,6 +74,11 @@ def lines_table(lines: "Iterable[Line]") -> "Table":
     return table
 
 
+def number(value: float) -> str:
+    """Four digits, and thousands in full."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def compared_table(title: str, lines: "Iterable[Compared]") -> "Table":
     from rich.table import Table
 
@@ -83,5 +88,5 @@ def compared_table(title: str, lines: "Iterable[Compared]") -> "Table":
             name, overflow="fold", justify="right" if name in ("measured", "predicted", "error") else "left"
         )
     for x in lines:
-        table.add_row(x.name, x.what, f"{x.measured:,.4g}", f"{x.predicted:,.4g}", f"{100 * x.error:+.0f} %", x.source)
+        table.add_row(x.name, x.what, number(x.measured), number(x.predicted), f"{100 * x.error:+.0f} %", x.source)
     return table

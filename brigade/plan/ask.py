@@ -30,7 +30,7 @@ def answer(q: Question, c: Calibration) -> Answer:
     w = Workload(q.users, q.n_in, q.n_out, q.hit)
     f = q.model.facts(q.precision)
     found = tuple((fleet, search(f, fleet, q.engine, c, w, q.slo, q.can_draft, q.loads)) for fleet in q.fleets)
-    over_two, n_across = across(found, w)
+    over_two, n_across = across(found)
     options = [o for _, one in found for o in _options(q, one.layouts, c, w)] + _options(q, over_two, c, w)
     if not options:
         raise Impossible(why_nothing(q, f, c, w))
@@ -79,7 +79,7 @@ def option(q: Question, model: str, layout: Layout, c: Calibration, w: Workload)
     half = interval(layout, c)
     full = layout.rate * w.n_out / layout.n_gpus
     ttft = tuple(served.ttft_quantile(p) for p in (0.5, 0.9, 0.99))
-    limit = next((u.limit for u, _ in reversed(layout.units)), "")
+    limit = layout.limit
     watts = sum(u.grid.n_gpus * k * u.pool.device.watts for u, k in layout.units)
     return Option(
         name=describe(layout),

@@ -122,7 +122,7 @@ def step_lines(step: Step, u: Unit, c: Calibration, phase: str) -> list[Line]:
 def memory_lines(u: Unit) -> list[Line]:
     m = memory(u.pool.f, u.grid, u.pool.device, drafts=u.pool.setup.draft)
     rows = (
-        ("attention, dense layers, gate", m.dense, say("parameters x bytes; heads cut by TP, layers by PP")),
+        ("attention, dense, gate", m.dense, say("parameters x bytes; heads cut by TP, layers by PP")),
         ("routed experts", m.experts, say("ceil(slots / EP) experts a layer")),
         ("shared experts", m.shared, say("cut by TP")),
         ("head and embedding", m.head, say("cut by TP")),

@@ -22,7 +22,7 @@ STYLE = (
     "body{font:15px/1.5 system-ui,'Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif;max-width:64em;"
     "margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;width:100%}"
     "td,th{border-bottom:1px solid #ddd;padding:.3em .5em;text-align:left;vertical-align:top}"
-    "td{overflow-wrap:anywhere}td:last-child{min-width:13em}td.n{white-space:nowrap}.wide{overflow-x:auto}.lead{font-size:1.2em}"
+    "td{overflow-wrap:break-word}td:last-child{min-width:13em}td.n{white-space:nowrap}.wide{overflow-x:auto}.lead{font-size:1.2em}"
     "svg{width:100%;height:auto}svg text{font:12px system-ui,'Noto Sans CJK SC','PingFang SC',sans-serif}"
 )
 Tell = Callable[[Say | str], str]
@@ -153,7 +153,7 @@ def _memory(o: Option, t: Tell) -> str:
     for u, _ in o.layout.units:
         m = memory(u.pool.f, u.grid, u.pool.device, drafts=u.pool.setup.draft)
         parts = [
-            ("attention, dense layers, gate", m.dense), ("routed experts", m.experts), ("shared experts", m.shared),
+            ("attention, dense, gate", m.dense), ("routed experts", m.experts), ("shared experts", m.shared),
             ("head and embedding", m.head), ("kept free", m.reserved), ("cache", max(m.free, 0.0)),
         ]  # fmt: skip
         head = say("{role}: {device}", role=ROLES[u.role], device=u.pool.device.name)

@@ -23,13 +23,29 @@ from brigade.spec.device import Device
 
 ALL_AT_ONCE = 1000
 """Users where a source says that all requests come at once: as many as its benchmark sends."""
+FLEET = "ds-prod-fleet"
 TOKENS_PER_STEP = 16384
 """Tokens that a replica prefills in a step where a source does not say."""
 
 
 def shipped_points() -> list[Case]:
-    data = json.loads(_text("measured.json"))
-    return [case for p in data["points"] for case in cases_of(p, "measured.json")]
+    """Those that are fitted."""
+    return [case for p in _shipped() if not p.get("aside") for case in cases_of(p, "measured.json")]
+
+
+def kept_aside() -> list[Case]:
+    """Those that are not: they judge the planner."""
+    return [case for p in _shipped() if p.get("aside") for case in cases_of(p, "measured.json")]
+
+
+def not_predicted() -> list[str]:
+    """Names of points that say too little, or of what is not modelled; the fleet is a sum of its own (reproduce.py)."""
+    return [p["id"] for p in _shipped() if p["id"] != FLEET and not list(cases_of(p, "measured.json"))]
+
+
+def _shipped() -> list[dict[str, Any]]:
+    points: list[dict[str, Any]] = json.loads(_text("measured.json"))["points"]
+    return points
 
 
 def shipped_rows() -> list[Case]:

@@ -24,6 +24,7 @@ LIMITS: Mapping[str, Say] = {
     "tpot": say("the time per token reaches the promise"),
     "ttft": say("prompts would wait longer than the promise"),
     "prefill load": say("prefills take all the time that decoding leaves"),
+    "prefill": say("its prefill units are at their planned load"),
     "batch": say("no engine runs larger batches"),
 }
 
@@ -163,7 +164,7 @@ def notes(q: Question, best: Option, c: Calibration, beside: float) -> tuple[Say
 def _night(q: Question, best: Option, beside: float) -> Say:
     """Which units may sleep, and what that is worth."""
     assert q.night is not None
-    at = night_of(best.layout, best.users * q.night, q.n_out)
+    at = night_of(best.layout, best.users * q.night)
     asleep = best.layout.nodes - at.nodes
     kilowatts = sum(
         u.grid.n_gpus * (k - left) * u.pool.device.watts * (1 + beside) / 1e3

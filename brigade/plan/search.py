@@ -43,6 +43,14 @@ class Layout:
         return sum(u.grid.n_gpus * k * (u.pool.device.price or 1.0) for u, k in self.units)
 
     @cached_property
+    def limit(self) -> str:
+        """What binds: of the decode or mixed units, or 'prefill' where the prefill units cannot bring them enough."""
+        unit, k = self.units[-1]
+        if len(self.units) > 1 and self.rate < 0.999 * unit.rate * k:
+            return "prefill"
+        return unit.limit
+
+    @cached_property
     def family(self) -> str:
         if any(u.grid.pp > 1 for u, _ in self.units):
             return "pipeline"
@@ -78,7 +86,7 @@ def search(
     layouts: list[Layout] = []
     n_considered = 0
     for only in (plain(units), units) if "pipeline" in families else (plain(units),):
-        some, n = combined(only, fleet.n, w)
+        some, n = combined(only, fleet.n)
         n_considered = max(n_considered, n)
         layouts += some if not layouts else [x for x in some if x.family == "pipeline"]
     return Found(pareto(layouts), n_considered, units)
@@ -93,7 +101,7 @@ def plain(units: Units) -> Units:
     return replace(units, prefill=kept(units.prefill), decode=kept(units.decode), mixed=kept(units.mixed))
 
 
-def combined(units: Units, nodes: int, w: Workload) -> tuple[list[Layout], int]:
+def combined(units: Units, nodes: int) -> tuple[list[Layout], int]:
     """All layouts of units of one kind of servers that could be best, and how many there are."""
     alone = [
         Layout(((u, k),), u.nodes * k, u.users * k, u.rate * k)
@@ -101,20 +109,20 @@ def combined(units: Units, nodes: int, w: Workload) -> tuple[list[Layout], int]:
         for k in range(1, int(nodes // u.nodes) + 1)
     ]
     pairs, n = clusters(
-        best_by_nodes(units.prefill, lambda u: u.rate), best_by_nodes(units.decode, lambda u: u.users), nodes, w
+        best_by_nodes(units.prefill, lambda u: u.rate), best_by_nodes(units.decode, lambda u: u.users), nodes
     )
     more = n * _alike(units.prefill) * _alike(units.decode)
     return alone + pairs, sum(int(nodes // u.nodes) for u in units.mixed) + more
 
 
-def across(fleets: Iterable[tuple[Servers, Found]], w: Workload) -> tuple[tuple[Layout, ...], int]:
+def across(fleets: Iterable[tuple[Servers, Found]]) -> tuple[tuple[Layout, ...], int]:
     """The front of clusters whose prefill units are of one kind of servers and whose decode units are of another, and
     how many were considered."""
     out: list[Layout] = []
     for (first, a), (second, b) in permutations(fleets, 2):
         prefill = best_by_nodes(plain(a.units).prefill, lambda u: u.rate)
         decode = best_by_nodes(plain(b.units).decode, lambda u: u.users)
-        out += crossed(prefill, first.n, decode, second.n, w)
+        out += crossed(prefill, first.n, decode, second.n)
     return pareto(out), len(out)
 
 
@@ -132,12 +140,11 @@ def best_by_nodes(units: Iterable[Unit], worth: Callable[[Unit], float]) -> list
     return list(out.values())
 
 
-def clusters(prefill: list[Unit], decode: list[Unit], nodes: int, w: Workload) -> tuple[list[Layout], int]:
+def clusters(prefill: list[Unit], decode: list[Unit], nodes: int) -> tuple[list[Layout], int]:
     """P prefill + D decode units that fit, the best for each number of nodes; also how many there are."""
     best: dict[float, tuple[float, Unit, int, Unit, int]] = {}
     n = 0
     for d in decode:
-        stay = w.n_out * d.tpot
         for n_d in range(1, int(nodes // d.nodes) + 1):
             used, need = d.nodes * n_d, d.rate * n_d
             for p in prefill:
@@ -147,32 +154,35 @@ def clusters(prefill: list[Unit], decode: list[Unit], nodes: int, w: Workload) -
                     continue
                 enough = ceil(need / p.rate - 1e-9)
                 for n_p in {min(most, enough), min(most, max(1, enough - 1))}:
-                    users = min(need, p.rate * n_p) * (stay + p.ttft)
+                    users = served_by(p, n_p, d, n_d)[0]
                     key = used + p.nodes * n_p
                     if key not in best or users > best[key][0]:
                         best[key] = users, p, n_p, d, n_d
-    return [joined(p, n_p, d, n_d, w.n_out * d.tpot) for _, p, n_p, d, n_d in best.values()], n
+    return [joined(p, n_p, d, n_d) for _, p, n_p, d, n_d in best.values()], n
 
 
-def crossed(
-    prefill: list[Unit], prefill_nodes: int, decode: list[Unit], decode_nodes: int, w: Workload
-) -> list[Layout]:
+def crossed(prefill: list[Unit], prefill_nodes: int, decode: list[Unit], decode_nodes: int) -> list[Layout]:
     """The same where the two kinds of units have nodes of their own: as many prefill units as the decode units need."""
     out = []
     for d in decode:
-        stay = w.n_out * d.tpot
         for n_d in range(1, int(decode_nodes // d.nodes) + 1):
             for p in prefill:
                 most = int(prefill_nodes // p.nodes)
                 if most:
-                    out.append(joined(p, min(most, ceil(d.rate * n_d / p.rate - 1e-9)), d, n_d, stay))
+                    out.append(joined(p, min(most, ceil(d.rate * n_d / p.rate - 1e-9)), d, n_d))
     return out
 
 
-def joined(p: Unit, n_p: int, d: Unit, n_d: int, stay: float) -> Layout:
-    """Prompts per second and users decoding both bind."""
+def served_by(p: Unit, n_p: int, d: Unit, n_d: int) -> tuple[float, float]:
+    """Users, and requests per second: prompts and tokens both bind. Where prompts do, fewer requests decode, faster."""
     rate = min(d.rate * n_d, p.rate * n_p)
-    return Layout(((p, n_p), (d, n_d)), d.nodes * n_d + p.nodes * n_p, rate * (stay + p.ttft), rate)
+    return n_d * d.inside(rate / n_d) + rate * p.ttft, rate
+
+
+def joined(p: Unit, n_p: int, d: Unit, n_d: int) -> Layout:
+    """A cluster of some prefill and some decode units."""
+    users, rate = served_by(p, n_p, d, n_d)
+    return Layout(((p, n_p), (d, n_d)), d.nodes * n_d + p.nodes * n_p, users, rate)
 
 
 def pareto(layouts: list[Layout]) -> tuple[Layout, ...]:

@@ -5,6 +5,7 @@ best alike. A unit's operating point is the largest batch that keeps the time pe
 keep the time to first token at the planned load.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -41,6 +42,8 @@ MOST_BATCH = 1024.0
 """Requests of a replica in one step at most: no engine goes further."""
 BATCHED = 4096
 """Tokens that short prompts are gathered to in one prefill step under load."""
+FEWER = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
+"""Shares of the largest batch at which a decode unit is known, for layouts whose prefill units bind."""
 TAIL = 1 + P90 * LENGTHS
 """p90 over mean of the time per token where prefills do not interfere."""
 
@@ -69,6 +72,17 @@ class Unit:
     ttft: float
     limit: str
     """What binds: 'kv memory', 'tpot', 'ttft' or 'batch'."""
+    below: tuple[tuple[float, float], ...] = ()
+    """Of a decode unit: requests per second and requests in it at smaller batches, which take less time a token."""
+
+    def inside(self, rate: float) -> float:
+        """Requests that decode in it at `rate` requests per second; at most `users`."""
+        if rate >= self.rate:
+            return self.users
+        i = bisect_right(self.below, (rate, float("inf")))
+        low_rate, low = self.below[i - 1] if i else (0.0, 0.0)
+        high_rate, high = self.below[i] if i < len(self.below) else (self.rate, self.users)
+        return low + (high - low) * (rate - low_rate) / max(high_rate - low_rate, 1e-12)
 
     @property
     def grid(self) -> Grid:
@@ -173,10 +187,11 @@ def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo,
     batch = largest(lambda b: tpot(b) * TAIL <= slo.tpot, room)
     if batch * pool.grid.dp < 1:
         return None
-    t = tpot(batch)
-    users = batch * pool.grid.dp
+    t, dp = tpot(batch), pool.grid.dp
+    users = batch * dp
     limit = "tpot" if batch < room * 0.99 else "kv memory" if room < MOST_BATCH else "batch"
-    return Unit("decode", nodes, pool, users, users / (w.n_out * t), t, 0.0, limit)
+    below = tuple((b * dp / (w.n_out * tpot(b)), b * dp) for b in (batch * share for share in FEWER))
+    return Unit("decode", nodes, pool, users, users / (w.n_out * t), t, 0.0, limit, below)
 
 
 def prefill_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo) -> Unit | None:

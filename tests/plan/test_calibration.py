@@ -8,9 +8,9 @@ import pytest
 from brigade.plan.calibrate import quantile, shrunk
 from brigade.plan.case import BadPoints
 from brigade.plan.fit import cholesky_solve, problem, residual, solve_step
-from brigade.plan.points import cases_of, shipped_points, shipped_rows
+from brigade.plan.points import cases_of, kept_aside, not_predicted, shipped_points, shipped_rows
 from brigade.plan.rates import PRIOR_SD, shipped
-from brigade.plan.reproduce import fleet, ratios
+from brigade.plan.reproduce import compare, fleet, ratios
 
 DATA = json.loads((resources.files("brigade.plan") / "data/calibration.json").read_text(encoding="utf-8"))
 C = shipped()
@@ -36,6 +36,16 @@ def test_no_rate_is_further_from_its_prior_than_four_standard_deviations() -> No
 @pytest.mark.parametrize("line", ratios(C), ids=lambda x: x.name)
 def test_the_seven_ratios_are_within_ten_percent(line) -> None:  # type: ignore[no-untyped-def]
     assert line.predicted == pytest.approx(line.measured, rel=0.1)
+
+
+@pytest.mark.parametrize("line", compare(kept_aside(), C), ids=lambda x: x.name)
+def test_points_that_no_version_was_fitted_to_are_inside_their_interval(line) -> None:  # type: ignore[no-untyped-def]
+    assert line.inside
+
+
+def test_points_that_are_not_predicted_are_named() -> None:
+    assert "mlperf-gb300" in not_predicted()
+    assert not set(not_predicted()) & {case.name for case in shipped_points()}
 
 
 def test_the_fleet_closes_with_published_rates() -> None:

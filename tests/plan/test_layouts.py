@@ -46,6 +46,15 @@ def test_prefill_on_one_kind_of_servers_and_decode_on_the_other() -> None:
     assert "H200" in str(over_two.name)
 
 
+@pytest.mark.parametrize("fleet", ["8 x 8 x H200 + 2 x 8 x H20", "3 x 8 x H200", "9 x 8 x H800"])
+def test_what_is_said_to_be_served_keeps_its_promise_when_it_is(fleet: str) -> None:
+    """Also where prefill units bind: then fewer requests decode, faster, and prompts come more often."""
+    for o in ask(fleet, 100_000).options:
+        assert o.ttft[1] <= 2.0 * 1.05, o.name
+        assert o.tpot[1] <= 0.05 * 1.05, o.name
+        assert o.served.load <= 0.8, o.name
+
+
 def test_a_pipeline_passes_through_all_layers_and_its_groups_take_turns() -> None:
     stage, pipe = Grid(8, 8, 8, 1), Grid(16, 8, 8, 1, pp=2)
     alone = decode_step(F, stage, H800, Rates(), 16, 4096)
@@ -75,7 +84,7 @@ def test_a_pipeline_is_recommended_only_where_nothing_else_keeps_the_promise() -
 def test_at_night_whole_units_sleep_and_the_rest_serves_all_who_are_there() -> None:
     o = ask("22 x 8 x H800", 6000).options[0]
     for share in 0.1, 0.4, 0.9:
-        awake = night_of(o.layout, share * o.users, 1000)
+        awake = night_of(o.layout, share * o.users)
         assert awake.users >= share * o.users
         assert awake.nodes <= o.layout.nodes
         assert [u for u, _ in awake.units] == [u for u, _ in o.layout.units]
