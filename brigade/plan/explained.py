@@ -13,6 +13,7 @@ from brigade.plan.serving import Workload
 from brigade.plan.step import Step
 from brigade.plan.units import Unit
 from brigade.spec.device import SOURCES, Device
+from brigade.spec.work import Op
 
 Text = Say | str
 TABLE = say("table of parameters")
@@ -104,7 +105,7 @@ def step_lines(step: Step, u: Unit, c: Calibration, phase: str) -> list[Line]:
     part = say("{role}: a {phase} step", role=ROLES[u.role], phase=ROLES[phase])
     factor = u.pool.factor(c, phase)
     lines = [
-        Line(part, say("{term} ({bound})", term=say(t.name), bound=say(t.bound)), f"{t.seconds * 1e3:.2f} ms",
+        Line(part, say("{term} ({bound})", term=say(t.name), bound=say(t.bound)), f"{t.seconds * 1e3:.2f} ms{_work(t.op)}",
              *FORMULAS[t.name])
         for t in step.terms
     ]  # fmt: skip
@@ -119,6 +120,13 @@ def step_lines(step: Step, u: Unit, c: Calibration, phase: str) -> list[Line]:
     ]  # fmt: skip
 
 
+def _work(op: Op) -> str:
+    """What the term's time is made of: products, and bytes of memory or of the link; of a half where two overlap."""
+    parts = [f"{op.flops / 1e12:.3g} TFLOP"] if op.flops else []
+    parts += [f"{(op.n_bytes + op.wire) / 1e9:.3g} GB"] if op.n_bytes + op.wire else []
+    return f" ({', '.join(parts)})" if parts else ""
+
+
 def memory_lines(u: Unit) -> list[Line]:
     m = memory(u.pool.f, u.grid, u.pool.device, drafts=u.pool.setup.draft)
     rows = (
@@ -131,7 +139,8 @@ def memory_lines(u: Unit) -> list[Line]:
          say("what is left: {tokens:,} tokens of {each:,.0f} bytes", tokens=m.tokens, each=m.kv_token)),
     )  # fmt: skip
     part = say("{role}: memory", role=ROLES[u.role])
-    return [Line(part, say(n), f"{v / 1e9:.2f} GB", f, TABLE) for n, v, f in rows]
+    kept = say("a common setting of engines")
+    return [Line(part, say(n), f"{v / 1e9:.2f} GB", f, kept if n == "kept free" else TABLE) for n, v, f in rows]
 
 
 def device_lines(d: Device) -> Iterator[Line]:
