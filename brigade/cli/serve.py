@@ -249,6 +249,7 @@ async def _load_and_serve(
     from brigade.engine.fleet import Fleet
     from brigade.serve.metrics import Metrics
     from brigade.serve.server import serve as serve_http
+    from brigade.serve.server import spare_collector
 
     def announce(url: str) -> None:
         sys.stdout.write(f"Brigade is ready at {url}\n")
@@ -264,6 +265,7 @@ async def _load_and_serve(
         if log_level in ("debug", "info"):
             for note in engine.ready.notes:
                 typer.echo(f"brigade: {one_line(note)}", err=True)
+        spare_collector()
         await serve_http(engine, web, metrics, announce)
     finally:
         await engine.close()

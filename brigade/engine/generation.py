@@ -37,7 +37,8 @@ class Generation:
         self._ended = False
         self._deltas: deque[Delta] = deque()
         self._error: EngineError | None = None
-        self._news = asyncio.Event()
+        self._news: asyncio.Future[None] | None = None
+        """What the caller waits for."""
         self._exhausted = False
 
     @property
@@ -56,8 +57,8 @@ class Generation:
                 raise self._error
             if self._exhausted or self._ended:
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
         delta = _joined(self._deltas)
         self._deltas.clear()
         self._exhausted = delta.finish_reason is not None
@@ -94,7 +95,7 @@ class Generation:
                 n_cached=token.n_cached,
             )
         )
-        self._news.set()
+        self._wake()
         if finish:
             self._end(finish, tell_worker=not token.finish)
 
@@ -109,9 +110,13 @@ class Generation:
         if self._ended:
             return
         self._ended = True
-        self._news.set()
+        self._wake()
         self._on_end(self, tell_worker)
         self._observer.finished(self.timings, reason)
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     def _time_token(self, token: Token) -> None:
         now = time.monotonic()

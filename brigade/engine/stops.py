@@ -16,6 +16,8 @@ class StopStrings:
         """Text that is certain to stand before any stop string."""
         if self.hit is not None:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:  # the one that is complete first, as if the text had come letter by letter

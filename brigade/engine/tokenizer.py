@@ -117,25 +117,30 @@ class Detokenizer:
         if not self._has_text(token):
             return ""
         self._tokens.append(token)
-        if self._decode(self._tokens[self._start :]).endswith("�"):
-            n_held = len(self._tokens) - self._shown
-            return self._show(n_held - _PART_OF_CHARACTER) if n_held > _HELD_TOKENS else ""
-        return self._show(len(self._tokens) - self._shown)
+        now = self._decode(self._tokens[self._start :])
+        n_held = len(self._tokens) - self._shown
+        if not now.endswith("�"):
+            return self._show(n_held, now)
+        if n_held <= _HELD_TOKENS:
+            return ""
+        n = n_held - _PART_OF_CHARACTER
+        return self._show(n, self._decode(self._tokens[self._start : self._shown + n]))
 
     def flush(self) -> str:
         """What was held back, as replacement characters where bytes are missing."""
-        return self._show(len(self._tokens) - self._shown)
+        return self._show(len(self._tokens) - self._shown, self._decode(self._tokens[self._start :]))
 
-    def _show(self, n: int) -> str:
-        """Give out the next n tokens' text."""
+    def _show(self, n: int, now: str) -> str:
+        """Give out the next n tokens' text. `now`: that of the window up to them."""
         before = self._decode(self._tokens[self._start : self._shown])
-        now = self._decode(self._tokens[self._start : self._shown + n])
         self._start, self._shown = self._shown, self._shown + n
         return now[len(before) :]
 
 
 def _split(text: str, marks: Mapping[str, str]) -> list[tuple[str, str]]:
     """Cut text at one-character marks: pairs of a piece and the mark behind it ("" at the end)."""
+    if not marks:
+        return [(text, "")]
     out, piece_start = [], 0
     for i, ch in enumerate(text):
         if ch in marks:

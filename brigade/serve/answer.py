@@ -7,31 +7,19 @@ Life of a request's generations:
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from starlette.types import Receive
+from typing import TYPE_CHECKING
 
 from brigade.engine.output import BadRequest, Delta, TokenLogprob, Unavailable
-from brigade.serve.errors import ClientGone
 from brigade.spec.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from brigade.engine.fleet import Fleet
     from brigade.engine.generation import Generation
 
-T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Life:
-    """Where the server is between its start and its end. The server writes it, routes read it."""
-
-    draining: bool = False
-    closing: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when running requests must end now."""
+_CUT_SHORT = "the generation was ended before its answer was complete"
 
 
 @dataclass(slots=True)
@@ -80,6 +68,11 @@ class Answer:
         """Tokens generated, all choices together."""
         return sum(choice.n_tokens for choice in self.choices)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has given its last piece."""
+        return all(choice.finish_reason is not None for choice in self.choices)
+
     @classmethod
     async def start(
         cls,
@@ -109,11 +102,27 @@ class Answer:
         for generation in self._generations:
             generation.cancel()
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta]]:
+    def deltas(self) -> AsyncGenerator[tuple[int, Delta]]:
         """Pairs of a choice's index and its next delta, as they come. Raises Unavailable if the worker dies.
 
         Close it (contextlib.aclosing) when leaving early, so that the generations end at once.
         """
+        return self._one() if len(self._generations) == 1 else self._several()
+
+    async def _one(self) -> AsyncGenerator[tuple[int, Delta]]:
+        """Without the tasks that several need: this is what most requests are."""
+        choice, generation = self.choices[0], self._generations[0]
+        try:
+            async for delta in generation:
+                choice.add(delta)
+                yield 0, delta
+                if delta.finish_reason is not None:
+                    return
+            raise Unavailable(_CUT_SHORT)
+        finally:
+            self.cancel()
+
+    async def _several(self) -> AsyncGenerator[tuple[int, Delta]]:
         waiting = {asyncio.ensure_future(anext(g)): i for i, g in enumerate(self._generations)}
         try:
             while waiting:
@@ -141,30 +150,4 @@ def _result(task: asyncio.Future[Delta]) -> Delta:
     try:
         return task.result()
     except StopAsyncIteration:
-        raise Unavailable("the generation was ended before its answer was complete") from None
-
-
-async def while_wanted(work: Coroutine[Any, Any, T], receive: Receive, life: Life) -> T:
-    """The result of `work`, which is cancelled if the client leaves (ClientGone) or the server closes (Unavailable).
-
-    `receive` must have given the whole request body, so that a disconnect is all it can report.
-    """
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(receive))
-    closing = asyncio.ensure_future(life.closing.wait())
-    try:
-        await asyncio.wait((working, gone, closing), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-    finally:
-        for task in (working, gone, closing):
-            task.cancel()
-        await asyncio.wait((working, gone, closing))
-    if gone.done() and not gone.cancelled():
-        raise ClientGone
-    raise Unavailable("the server is shutting down")
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        raise Unavailable(_CUT_SHORT) from None

@@ -5,7 +5,7 @@ import asyncio
 from starlette.requests import Request
 
 from brigade.serve.config import Limits
-from brigade.serve.errors import ApiError
+from brigade.serve.errors import ApiError, ClientGone
 
 
 class BodyReader:
@@ -16,7 +16,7 @@ class BodyReader:
         self._held = 0
 
     async def read(self, request: Request) -> bytes:
-        """The whole body of a JSON request. Raises ApiError 408, 413, 415 or 503, and ClientDisconnect."""
+        """The whole body of a JSON request. Raises ApiError 408, 413, 415 or 503, and ClientGone."""
         _require_json(request)
         limit = self._limits.body_bytes
         if int(request.headers.get("content-length") or 0) > limit:
@@ -25,7 +25,12 @@ class BodyReader:
         n_bytes = 0
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                async for part in request.stream():
+                more = True
+                while more:
+                    message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    part, more = message.get("body", b""), message.get("more_body", False)
                     n_bytes += len(part)
                     self._held += len(part)
                     if n_bytes > limit:

@@ -7,7 +7,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from brigade.engine.output import BadRequest
 from brigade.engine.tokenizer import THINK, Tokenizer
 from brigade.serve.config import ConfigError
-from brigade.serve.deadline import Deadline
+from brigade.serve.deadline import Alarm, Deadline, TooSlow
 from brigade.serve.schema import Message
 
 CHARS_PER_TOKEN = 16
@@ -32,7 +33,16 @@ are refused before the template or the tokenizer spends time on them."""
 _PRIVATE = range(0x100000, 0x10FFFE)
 """Plane 16: no character is assigned there, so text has none unless someone put it there on purpose."""
 RENDER_SECONDS = 2.0
+QUICK_SECONDS, MOST_QUICK = 0.01, 2048
+"""A chat of so many characters at most is rendered where it stands, if its template is done in so many seconds."""
+PER_MESSAGE = 32
+"""Characters that a message counts besides its own."""
+SLOW_SECONDS = 60.0
+"""For how long chats that are half as large as one that was not done in time are left to a thread."""
 MOST_OPERAND = 10_000
+_ALWAYS: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
+Bounded = Callable[[dict[str, Any]], str]
+"""Renders the template with these values, in bounded time."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What a template's expression can raise on values it does not expect, `{{ x + 1 }}` with a string for instance.
 _TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -56,10 +66,13 @@ class ChatTemplate:
         self._source = source
         self.reasons = any(tag in source for tag in THINK)
         """Whether answers of this model hold <think>...</think>."""
+        self._most_quick, self._slow_until = MOST_QUICK, 0.0
+        self._alarm = Alarm()
         self._names = {name: text for name in _SPECIAL if (text := tokenizer.special(name)) is not None}
         self._marker = Marker(tokenizer.control)
         try:
             self._template = _environment().from_string(source)
+            self._template.globals = dict(self._template.globals)  # copied at each rendering: not layer by layer
         except jinja2.TemplateSyntaxError as e:
             raise ConfigError(f"{where}: line {e.lineno} of the chat template: {e.message}") from e
         except (SyntaxError, MemoryError, *_TEMPLATE_ERRORS) as e:  # Python's own limits on nesting, for instance
@@ -70,29 +83,60 @@ class ChatTemplate:
 
         Takes time in proportion to the text, which is bounded: call it off the event loop.
         """
-        refuse_huge(sum(len(m.text()) + len(m.reasoning_content or "") for m in messages), self._max_chars)
+        refuse_huge(_n_chars(messages), self._max_chars)
+        try:
+            return self._prompt(messages, extra, self._under_deadline)
+        except TooSlow as e:
+            raise _refused(e) from e
+
+    def quick_prompt(self, messages: Sequence[Message], extra: Mapping[str, Any]) -> Prompt | None:
+        """The same, for a chat that takes at most milliseconds; None: call `prompt`, off the event loop. Raises
+        BadRequest."""
+        size = _n_chars(messages) + PER_MESSAGE * len(messages)
+        size += sum(len(value) for value in extra.values() if isinstance(value, str))
+        now = time.monotonic()
+        if now > self._slow_until:
+            self._most_quick = MOST_QUICK
+        if size > self._most_quick or not self._alarm.here:
+            return None
+        try:
+            return self._prompt(messages, extra, self._under_alarm)
+        except TooSlow:
+            self._most_quick, self._slow_until = size // 2, now + SLOW_SECONDS
+            return None
+
+    def _prompt(self, messages: Sequence[Message], extra: Mapping[str, Any], bounded: Bounded) -> Prompt:
+        """Raises BadRequest and TooSlow."""
         marks = self._marker.marks(_texts(messages, extra), self._source)
         turns = [_turn(m, marks) for m in messages]
         values = {k: marks.put(v) if isinstance(v, str) else v for k, v in extra.items()}
-        rendered = self._render({**values, **self._names, "messages": turns})
+        rendered = bounded({**values, **self._names, **_ALWAYS, "messages": turns})
         return Prompt(
             self._tokenizer.encode_chat(rendered, marks.literal),
             in_reasoning=self.reasons and rendered.rstrip().endswith(THINK[0]),
         )
 
+    def _under_deadline(self, values: dict[str, Any]) -> str:
+        with Deadline(RENDER_SECONDS):
+            return self._render(values)
+
+    def _under_alarm(self, values: dict[str, Any]) -> str:
+        rendered = self._alarm.within(QUICK_SECONDS, lambda: self._render(values))
+        if len(rendered) > 2 * MOST_QUICK:
+            raise TooSlow("the template says so much that its tokens take long")
+        return rendered
+
     def _render(self, values: dict[str, Any]) -> str:
         pieces, n_chars = list[str](), 0
-        always = {"add_generation_prompt": True, "tools": None, "documents": None}
         try:
-            with Deadline(RENDER_SECONDS):
-                for piece in self._template.generate({**values, **always}):
-                    n_chars += len(piece)
-                    refuse_huge(n_chars, self._max_chars)
-                    pieces.append(piece)
+            for piece in self._template.generate(values):
+                n_chars += len(piece)
+                refuse_huge(n_chars, self._max_chars)
+                pieces.append(piece)
+        except TooSlow:
+            raise
         except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as e:
-            raise BadRequest(
-                f"the model's chat template refuses these messages: {str(e)[:500]}", "messages", "chat_template"
-            ) from e
+            raise _refused(e) from e
         return "".join(pieces)
 
 
@@ -129,14 +173,21 @@ def refuse_huge(n_chars: int, max_chars: int) -> None:
         )
 
 
+def _n_chars(messages: Sequence[Message]) -> int:
+    return sum(len(m.text()) + len(m.reasoning_content or "") for m in messages)
+
+
+def _refused(e: Exception) -> BadRequest:
+    said = f"the model's chat template refuses these messages: {str(e)[:500]}"
+    return BadRequest(said, "messages", "chat_template")
+
+
 class Marks:
     """The marks of one request: `literal` says which text each one stands for."""
 
-    def __init__(self, pattern: re.Pattern[str], heads: frozenset[str], free: Iterable[str]) -> None:
-        self._pattern = pattern
-        self._heads = heads
-        self._longest = max(map(len, heads), default=0)
-        self._free = iter(free)
+    def __init__(self, control: "Marker", free: Iterator[str]) -> None:
+        self._pattern, self._heads, self._head_ends = control.pattern, control.heads, control.head_ends
+        self._longest, self._free = control.longest, free
         self._mark_of: dict[str, str] = {}
 
     @property
@@ -148,6 +199,8 @@ class Marks:
         out = self._pattern.sub(lambda found: found[0] if found[0] in keep else self._mark(found[0]), text)
         # Two texts side by side in the prompt must not join to a control token either: mark what could begin one.
         bare = out.rstrip()
+        if bare[-1:] not in self._head_ends:
+            return out
         head = next((bare[-k:] for k in range(self._longest, 0, -1) if bare[-k:] in self._heads), "")
         return bare.removesuffix(head) + self._mark(head) + out[len(bare) :] if head else out
 
@@ -162,13 +215,20 @@ class Marker:
 
     def __init__(self, control: Iterable[str]) -> None:
         texts = sorted(control, key=len, reverse=True)
-        self._pattern = re.compile(_trie_pattern(texts) if texts else r"(?!)")
-        self._heads = frozenset(text[:k] for text in texts for k in range(1, len(text))) - set(texts)
+        self.pattern = re.compile(_trie_pattern(texts) if texts else r"(?!)")
+        self.heads = frozenset(text[:k] for text in texts for k in range(1, len(text))) - set(texts)
+        self.head_ends = frozenset(head[-1] for head in self.heads)
+        self.longest = max(map(len, self.heads), default=0)
 
     def marks(self, texts: Iterable[str], template: str) -> Marks:
         """Marks for one request: private characters that are in none of `texts` nor in the template."""
-        used = set(template).union(*texts)
-        return Marks(self._pattern, self._heads, (chr(code) for code in _PRIVATE if chr(code) not in used))
+        return Marks(self, _unused(texts, template))
+
+
+def _unused(texts: Iterable[str], template: str) -> Iterator[str]:
+    """Looks at the texts only when the first mark is needed: most requests need none."""
+    used = set(template).union(*texts)
+    yield from (chr(code) for code in _PRIVATE if chr(code) not in used)
 
 
 def _trie_pattern(texts: Iterable[str]) -> str:

@@ -4,9 +4,7 @@ import math
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from brigade.engine.output import BadRequest, EngineError, NotAllowed, QueueFull, Unavailable, UnknownUnit
 
@@ -72,42 +70,3 @@ def error_response(e: ApiError) -> Response:
     """The HTTP answer for an error."""
     body = msgspec.json.encode(error_body(e))
     return Response(body, status_code=e.status, headers=e.headers, media_type="application/json")
-
-
-def install(app: FastAPI) -> None:
-    """Make every failed answer of `app` an OpenAI error, those of the router included."""
-
-    async def ours(_: Request, e: Exception) -> Response:
-        assert isinstance(e, ApiError)
-        return error_response(e)
-
-    async def engines(_: Request, e: Exception) -> Response:
-        assert isinstance(e, EngineError)
-        return error_response(api_error(e))
-
-    async def routers(request: Request, e: Exception) -> Response:
-        assert isinstance(e, HTTPException)
-        message = str(e.detail)
-        if e.status_code == 404:
-            message = f"there is nothing at {request.url.path}; the API is under /v1 (see /openapi.json)"
-        if e.status_code == 405:
-            message = f"{request.url.path} does not take {request.method} requests"
-        return error_response(ApiError(e.status_code, message, headers=dict(e.headers or {})))
-
-    async def invalid(_: Request, e: Exception) -> Response:
-        return error_response(ApiError(400, str(e)))
-
-    async def left(_: Request, e: Exception) -> Response:
-        # Nobody reads this; 499 is what nginx calls it.
-        return Response(status_code=499)
-
-    async def unforeseen(_: Request, e: Exception) -> Response:
-        # The exception goes on to the server's log; clients learn no more than that it is not their fault.
-        return error_response(ApiError(500, "the server failed on this request; its log says why"))
-
-    app.add_exception_handler(ApiError, ours)
-    app.add_exception_handler(EngineError, engines)
-    app.add_exception_handler(HTTPException, routers)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(ClientGone, left)
-    app.add_exception_handler(Exception, unforeseen)

@@ -1,6 +1,6 @@
 """The /openapi.json document: every route, what it takes and everything it may answer. Describes, never handles.
 
-Written out because the routes read their bodies themselves (bounded), so that FastAPI cannot see what they take.
+Made from the types of requests and replies, and from this table of what each route may answer.
 """
 
 from collections.abc import Iterable

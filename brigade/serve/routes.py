@@ -2,21 +2,24 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
-from fastapi import Request, Response
-from starlette.requests import ClientDisconnect
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from brigade.engine.loads import Experts
 from brigade.engine.output import BadRequest
-from brigade.serve.answer import Answer, Life, while_wanted
+from brigade.serve.answer import Answer
 from brigade.serve.body import BodyReader
 from brigade.serve.chat_template import CHARS_PER_TOKEN, ChatTemplate, Prompt, refuse_huge
 from brigade.serve.config import ServeConfig
-from brigade.serve.errors import ApiError, ClientGone
+from brigade.serve.errors import ApiError
 from brigade.serve.formats import ChatFormat, CompletionFormat, Format, Heading
+from brigade.serve.life import Life, Wanted
 from brigade.serve.metrics import CONTENT_TYPE, Metrics
 from brigade.serve.replies import Model, ModelList, Status
 from brigade.serve.sampling import Sampling
@@ -26,6 +29,10 @@ from brigade.spec.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from brigade.engine.fleet import Fleet
+
+SMALL_BODY, SMALL_PROMPT = 16 << 10, 2048
+"""Bytes of a body, and characters or tokens of a prompt, that are read where they stand, in about a millisecond. To
+hand them to a thread costs as much, and makes all streams wait for the interpreter's lock."""
 
 
 class Routes:
@@ -45,46 +52,49 @@ class Routes:
         self._bodies = BodyReader(config.limits)
         self._created = int(time.time())
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions"""
         asked = await self._read(ChatRequest, request)
         if self._template is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions", code="no_chat_template")
         params = self._sampling.chat(asked)
-        prompt = await asyncio.to_thread(self._template.prompt, asked.messages, asked.chat_template_kwargs or {})
+        messages, extra = asked.messages, asked.chat_template_kwargs or {}
+        prompt = self._template.quick_prompt(messages, extra)
+        if prompt is None:
+            prompt = await asyncio.to_thread(self._template.prompt, messages, extra)
         if asked.max_tokens is None and asked.max_completion_tokens is None:
             params = replace(params, max_tokens=self._room(prompt.tokens))
-        answer = await self._start(request, asked, [prompt.tokens], [params])
-        return await self._reply(request, asked, answer, self._chat_format(asked, prompt, params))
+        form = self._chat_format(asked, prompt, params)
+        return await self._reply(request, asked, [prompt.tokens], [params], form)
 
-    async def completion(self, request: Request) -> Response:
+    async def completion(self, request: Request) -> ASGIApp:
         """POST /v1/completions"""
         asked = await self._read(CompletionRequest, request)
         params = self._sampling.completion(asked)
-        prompts, echoes = await asyncio.to_thread(self._prompts, asked)
+        small = sum(map(len, asked.prompts())) <= SMALL_PROMPT
+        prompts, echoes = self._prompts(asked) if small else await asyncio.to_thread(self._prompts, asked)
         each = [self._within_room(asked, prompt, params) for prompt in prompts]
-        answer = await self._start(request, asked, prompts, each)
         heading = self._heading("cmpl-", asked)
         per_choice = [echo for echo in echoes for _ in range(params.n)]
         form = CompletionFormat(heading, self._engine.tokenizer, per_choice, asked.logprobs)
-        return await self._reply(request, asked, answer, form)
+        return await self._reply(request, asked, prompts, each, form)
 
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         """GET /v1/models"""
         return _json(ModelList(object="list", data=[self._model()]))
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{model}"""
-        self._check_model(request.path_params["model"])
+        self._check_model(request.scope["path"].removeprefix("/v1/models/"))
         return _json(self._model())
 
-    async def health(self) -> Response:
+    async def health(self, _: Request) -> Response:
         """GET /health: the process is alive and can still come to answer."""
         if self._engine.failed:
             raise ApiError(503, self._engine.health().reason, code="engine_failed")
         return _json(Status(status="ok"))
 
-    async def ready(self) -> Response:
+    async def ready(self, _: Request) -> Response:
         """GET /ready: requests will be answered now."""
         health = self._engine.health()
         if self._life.draining:
@@ -93,23 +103,20 @@ class Routes:
             raise ApiError(503, health.reason, code="not_ready")
         return _json(Status(status="ready"))
 
-    async def metrics(self) -> Response:
+    async def metrics(self, _: Request) -> Response:
         """GET /metrics"""
         return Response(self._metrics.scrape(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def experts(self) -> Response:
+    async def experts(self, _: Request) -> Response:
         """GET /debug/experts: how busy the routed experts of each unit are, and where they are."""
         if not (units := await self._engine.expert_loads()):
             raise ApiError(404, "this model has no routed experts", code="no_experts")
         return _json(Experts(units))
 
     async def _read(self, kind: type[R], request: Request) -> R:
-        try:
-            body = await self._bodies.read(request)
-        except ClientDisconnect:
-            raise ClientGone from None
+        body = await self._bodies.read(request)
         # A body of megabytes takes long enough to parse for other streams to notice.
-        asked = await asyncio.to_thread(parse, kind, body)
+        asked = parse(kind, body) if len(body) <= SMALL_BODY else await asyncio.to_thread(parse, kind, body)
         self._check_model(asked.model)
         return asked
 
@@ -160,19 +167,25 @@ class Routes:
     def _heading(self, prefix: str, asked: GenerationRequest) -> Heading:
         return Heading(self._config.served_name, prefix, with_usage=asked.wants_usage_event)
 
-    async def _start(
-        self, request: Request, asked: GenerationRequest, prompts: list[list[int]], params: list[SamplingParams]
-    ) -> Answer:
-        starting = Answer.start(self._engine, prompts, params, asked.cache_salt or "", asked.priority or 0)
-        return await while_wanted(starting, request.receive, self._life)
+    async def _reply(
+        self,
+        request: Request,
+        asked: GenerationRequest,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        form: Format,
+    ) -> ASGIApp:
+        def start() -> Awaitable[Answer]:
+            return Answer.start(self._engine, prompts, params, asked.cache_salt or "", asked.priority or 0)
 
-    async def _reply(self, request: Request, asked: GenerationRequest, answer: Answer, form: Format) -> Response:
         if asked.stream:
-            return EventStream(answer, form, asked.wants_usage_event, self._life)
-        try:
-            await while_wanted(answer.finish(), request.receive, self._life)
-        finally:
-            answer.cancel()
+            return EventStream(start, form, asked.wants_usage_event, self._life)
+        async with Wanted(request.receive, self._life):
+            answer = await start()
+            try:
+                await answer.finish()
+            finally:
+                answer.cancel()
         return _json(form.whole(answer))
 
     def _model(self) -> Model:

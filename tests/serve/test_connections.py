@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from brigade.serve.answer import Answer, Life
+from brigade.serve.answer import Answer
 from brigade.serve.config import Limits
 from brigade.serve.formats import CompletionFormat, Heading
+from brigade.serve.life import Life
 from brigade.serve.stream import EventStream
 from brigade.spec.sampling import SamplingParams
 from tests.serve.conftest import CHAT, COMPLETION, Live, post_bytes
@@ -67,9 +68,11 @@ async def test_a_client_that_leaves_before_the_first_token_ends_its_generations(
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    answer = await Answer.start(engine, [[5]], [SamplingParams(n=2)], "")  # type: ignore[arg-type]
+    def start() -> Any:
+        return Answer.start(engine, [[5]], [SamplingParams(n=2)], "")  # type: ignore[arg-type]
+
     form = CompletionFormat(Heading("fox", "cmpl-", with_usage=False), TOKENIZER, ["echo", "echo"], None)
-    await EventStream(answer, form, False, Life())({"type": "http"}, gone, stuck)
+    await EventStream(start, form, False, Life())({"type": "http"}, gone, stuck)
     assert [g.cancelled for g in engine.submitted] == [True, True]
 
 
