@@ -22,7 +22,7 @@ import uvloop
 
 from brigade.engine.config import DEMO_MODEL
 from brigade.engine.generation import Generation
-from brigade.engine.messages import Ready, Stats, Token
+from brigade.engine.messages import Ready, Token
 from brigade.engine.output import BadRequest, Health, QueueFull
 from brigade.engine.tokenizer import Tokenizer
 from brigade.serve.config import ServeConfig
@@ -82,9 +82,6 @@ class StubEngine:
 
     def health(self) -> Health:
         return Health(True, "ok")
-
-    def stats(self) -> Stats:
-        return Stats(0, len(self._running), 0, 0, 0)
 
     def drain(self) -> None: ...
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from brigade.cli import bench, chat, doctor, drain, experts, explain, join, manifest, plan, role, serve, up, verify
+from brigade.cli import bench, chat, doctor, drain, experts, explain, join, manifest, plan, role, serve, status, up, verify
 from brigade.cli.fault import Fault, one_line
 
 
@@ -38,6 +38,7 @@ app.command()(serve.serve)
 app.command()(join.join)
 app.command()(chat.chat)
 app.command()(bench.bench)
+app.command()(status.status)
 app.command()(experts.experts)
 app.command()(doctor.doctor)
 app.command()(up.up)

@@ -188,6 +188,15 @@ class Engine:
         """The unit's state after its last step or ping: sums over its ranks, but steps are those of the busiest."""
         return added(self._keeper.pulse.stats)
 
+    def rank_stats(self) -> list[Stats]:
+        """The same, rank by rank."""
+        return list(self._keeper.pulse.stats)
+
+    @property
+    def n_restarts(self) -> int:
+        """Times that a process of the unit was replaced, or all of them."""
+        return self._keeper.n_restarts
+
     @property
     def up(self) -> bool:
         """Whether requests can be given to its ranks now."""

@@ -78,6 +78,8 @@ class Keeper:
         self.failure = "the model is being loaded"
         """Why it is not up."""
         self.pulse = Pulse(config)
+        self.n_restarts = 0
+        """Times that a process was replaced, or all of them."""
         self._wakes = itertools.count(1)
         self._broken_at: dict[int, float] = {}
         """Ranks that were lost since the unit was whole -> when."""
@@ -101,7 +103,7 @@ class Keeper:
                 served = await self._serve_unit()
                 n_failed = 0 if served else n_failed + 1
             await asyncio.sleep(pause(n_failed))
-            self._observer.restarted()
+            self._restarted()
             try:
                 await self.spawn(lambda _: None)
                 log.warning("%sthe worker was restarted", self._of)
@@ -194,7 +196,7 @@ class Keeper:
         self._owner.on_rank_lost(rank)
         log.error("%slost and being replaced: %s", self._of, why)
         self.pulse.lost(rank)
-        self._observer.restarted()
+        self._restarted()
         self._broken_at.setdefault(rank, time.monotonic())
         if self._patience is None:
             loop = asyncio.get_running_loop()
@@ -213,6 +215,10 @@ class Keeper:
         if self.unit is not None:
             self._experts.up(self.unit.send, self.wake_all)
         self.up.set()
+
+    def _restarted(self) -> None:
+        self.n_restarts += 1
+        self._observer.restarted()
 
     async def _bury(self) -> str:
         """Part with the current unit; says how it ended."""

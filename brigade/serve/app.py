@@ -103,5 +103,6 @@ def make_app(engine: "Fleet", config: ServeConfig, metrics: Metrics, life: Life 
             "/ready": {"GET": routes.ready},
             "/metrics": {"GET": routes.metrics},
             "/debug/experts": {"GET": routes.experts},
+            "/debug/units": {"GET": routes.units},
         },
     )

@@ -3,8 +3,10 @@
 Names follow vLLM's, with the prefix brigade_, so that dashboards need little change. Own registry, nothing global.
 """
 
+import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from brigade.engine.messages import StoreStats
 from brigade.engine.output import Timings
+from brigade.serve.units import RankReport, Recent, ServerReport, UnitReport, handovers, unit_reports
 
 if TYPE_CHECKING:
     from brigade.engine.fleet import Fleet
@@ -67,6 +70,8 @@ class Metrics(Collector):
             "Time from submission to the last token of requests that came to their end.",
             _WHOLE_SECONDS,
         )
+        self._recent_ttft, self._recent_tpot = Recent(), Recent()
+        self._began, self._version = time.monotonic(), version("brigade")
         self._n_prompt = self._n_cached = self._n_stored = self._n_generated = self._n_restarts = 0
         self._finished = dict.fromkeys(_FINISH_REASONS, 0)
         self._registry = CollectorRegistry()
@@ -78,6 +83,7 @@ class Metrics(Collector):
         """A request's first token came, `seconds` after it was submitted. Of its cached tokens, `n_stored` were on
         disk."""
         self._ttft.add(seconds)
+        self._recent_ttft.add(seconds)
         self._n_prompt += n_prompt
         self._n_cached += n_cached
         self._n_stored += n_stored
@@ -96,6 +102,7 @@ class Metrics(Collector):
         self._e2e.add(timings.total)
         if timings.n_tokens > 1:
             self._tpot.add(timings.tpot)
+            self._recent_tpot.add(timings.tpot)
 
     def restarted(self) -> None:
         """The worker died and is being replaced."""
@@ -110,6 +117,25 @@ class Metrics(Collector):
     def scrape(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def report(self, engine: "Fleet", model: str) -> ServerReport:
+        """The server in one piece, for people: the same numbers, and percentiles of the last minute."""
+        health = engine.health()
+        return ServerReport(
+            model=model,
+            version=self._version,
+            uptime=time.monotonic() - self._began,
+            ready=health.ready,
+            reason=health.reason,
+            ttft=self._recent_ttft.percentiles(),
+            tpot=self._recent_tpot.percentiles(),
+            prompt_tokens=self._n_prompt,
+            cached_prompt_tokens=self._n_cached,
+            generation_tokens=self._n_generated,
+            finished=dict(self._finished),
+            units=unit_reports(engine),
+            handovers=handovers(engine),
+        )
 
     def collect(self) -> Iterator[Metric]:
         """What was heard as an Observer."""
@@ -133,6 +159,10 @@ class Metrics(Collector):
         for reason, n in self._finished.items():
             finished.add_metric([reason], n)
         yield finished
+        hits = self._n_cached / self._n_prompt if self._n_prompt else 0.0
+        yield GaugeMetricFamily(
+            "brigade_prefix_cache_hit_ratio", "Share of prompt tokens found in a prefix cache, so far.", value=hits
+        )
 
 
 class _EngineState(Collector):
@@ -160,6 +190,7 @@ class _EngineState(Collector):
                 "offered": stats.pages_offered,
             },
         )
+        yield from _by_rank(unit_reports(self._engine))
         states, transfers, seconds = self._engine.handovers()
         yield _by_label("brigade_handover_requests", "Requests by state of their hand-over.", "state", states)
         fetched = CounterMetricFamily(
@@ -198,3 +229,20 @@ def _by_label(name: str, text: str, label: str, values: Mapping[str, int]) -> Ga
     for key, value in values.items():
         gauge.add_metric([key], value)
     return gauge
+
+
+_RANK_GAUGES: tuple[tuple[str, str, Callable[[RankReport], int]], ...] = (
+    ("requests_running", "Requests in a rank's running batch.", lambda r: r.running),
+    ("requests_waiting", "Requests of a rank that wait for their first step.", lambda r: r.waiting),
+    ("kv_pages", "Pages of a rank's KV cache.", lambda r: r.kv_pages),
+    ("kv_pages_used", "Of these, pages in use.", lambda r: r.kv_pages_used),
+)
+
+
+def _by_rank(units: Sequence[UnitReport]) -> Iterator[Metric]:
+    for name, text, value in _RANK_GAUGES:
+        gauge = GaugeMetricFamily(f"brigade_rank_{name}", text, labels=["unit", "role", "rank"])
+        for unit in units:
+            for rank in unit.ranks:
+                gauge.add_metric([unit.name, unit.role, str(rank.rank)], value(rank))
+        yield gauge

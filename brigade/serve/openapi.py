@@ -13,6 +13,7 @@ from brigade.engine.loads import Experts
 from brigade.serve.config import ServeConfig
 from brigade.serve.replies import ChatChunk, ChatCompletion, Completion, ErrorReply, Model, ModelList, Status
 from brigade.serve.schema import ChatRequest, CompletionRequest
+from brigade.serve.units import ServerReport
 
 _REF = "#/components/schemas/"
 _SAID = {
@@ -54,6 +55,7 @@ def document(config: ServeConfig) -> dict[str, Any]:
         "/debug/experts": {
             "get": _operation(config, "How busy routed experts are, and where", _json("Experts"), (404, 503)),
         },
+        "/debug/units": {"get": _operation(config, "What runs where, and how well", _json("ServerReport"))},
     }
     components: dict[str, Any] = {"schemas": _schemas(config)}
     if config.api_key is not None:
@@ -102,7 +104,7 @@ def _schemas(config: ServeConfig) -> dict[str, Any]:
     _, asked = models_json_schema(
         [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF + "{model}"
     )
-    replies = (ChatCompletion, ChatChunk, Completion, ErrorReply, Experts, Model, ModelList, Status)
+    replies = (ChatCompletion, ChatChunk, Completion, ErrorReply, Experts, Model, ModelList, ServerReport, Status)
     _, given = msgspec.json.schema_components(replies, ref_template=_REF + "{name}")
     schemas: dict[str, Any] = {**asked["$defs"], **given}
     for name in ("ChatRequest", "CompletionRequest"):

@@ -107,6 +107,10 @@ class Routes:
         """GET /metrics"""
         return Response(self._metrics.scrape(), headers={"Content-Type": CONTENT_TYPE})
 
+    async def units(self, _: Request) -> Response:
+        """GET /debug/units: what runs where, and how well."""
+        return _json(self._metrics.report(self._engine, self._config.served_name))
+
     async def experts(self, _: Request) -> Response:
         """GET /debug/experts: how busy the routed experts of each unit are, and where they are."""
         if not (units := await self._engine.expert_loads()):

@@ -1,10 +1,8 @@
 """`brigade experts`: the heat map in the terminal and as a picture, from what a server says."""
 
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import StringIO
 from pathlib import Path
 
@@ -18,44 +16,21 @@ from brigade.cli import app
 from brigade.cli.experts import show
 from brigade.cli.heatmap import Panel, colour, ink_on, over_mean, span
 from brigade.engine.loads import ExpertLoads, Experts, LayerLoads, Moved, UnitLoads
+from tests.cli.saying import Server, saying
 from tests.serve.fake_engine import some_loads
 
 KEY = "a-key-of-some-length"
 
 
-class Server(HTTPServer):
-    status, body = 200, msgspec.json.encode(Experts([UnitLoads("mixed-0", some_loads())]))
-    asked: tuple[str, str | None] = ("", None)
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.asked = self.path, self.headers["Authorization"]
-        self.send_response(self.server.status)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-        self.wfile.write(self.server.body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server(("127.0.0.1", 0), Answer)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join(5)
-    server.server_close()
+    with saying(msgspec.json.encode(Experts([UnitLoads("mixed-0", some_loads())]))) as server:
+        yield server
 
 
 def run(server: Server, *args: str) -> tuple[int, str, str]:
-    url = f"http://127.0.0.1:{server.server_port}"
-    result = CliRunner(env={"BRIGADE_API_KEY": KEY, "COLUMNS": "120"}).invoke(app, ["experts", "--url", url, *args])
+    told = ["experts", "--url", server.url, *args]
+    result = CliRunner(env={"BRIGADE_API_KEY": KEY, "COLUMNS": "120"}).invoke(app, told)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.exit_code, result.stdout, result.stderr
 

@@ -8,6 +8,7 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+from brigade.core.roles import UnitState
 from brigade.engine.config import DEMO_MODEL
 from brigade.engine.loads import ExpertLoads, LayerLoads, Moved, UnitLoads
 from brigade.engine.messages import Ready, Stats
@@ -80,6 +81,28 @@ def some_loads() -> ExpertLoads:
     return ExpertLoads(2, 6, 1, 60.0, [0, 0, 0, 1, 1, 1, 1], 1.17, 1.5, 1.0, moved, layers)
 
 
+class FakeUnit:
+    """The interface of brigade.engine.crew.Member, and of its Engine."""
+
+    def __init__(self, fleet: "FakeEngine") -> None:
+        self._fleet, self.engine = fleet, self
+        self.name, self.role, self.n_restarts = "mixed-0", "mixed", 1
+        self.config = SimpleNamespace(ranks=1)
+
+    @property
+    def told(self) -> UnitState:
+        state = self._fleet.state
+        why = "" if state.ready else state.reason
+        return UnitState(self.name, "mixed", "mixed", "serving" if state.ready else "not ready", why, 1, 0, 0)
+
+    @property
+    def ready(self) -> Ready:
+        return self._fleet.ready
+
+    def rank_stats(self) -> list[Stats]:
+        return [self._fleet.stats()]
+
+
 class FakeEngine:
     """The interface of brigade.engine.fleet.Fleet."""
 
@@ -106,6 +129,7 @@ class FakeEngine:
 
         self.tokenizer = TOKENIZER
         self.config = SimpleNamespace(model=model, max_running=64, max_waiting=256)
+        self.crew = SimpleNamespace(members=[FakeUnit(self)])
         self.failed = False
         self.loads: list[UnitLoads] | EngineError = [UnitLoads("mixed-0", some_loads())]
         """Of experts."""

@@ -11,7 +11,16 @@ from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_bad_requests import error_of
 
 KEY = "correct-horse-battery"
-ROUTES = ("/v1/models", "/v1/models/fox", "/ready", "/metrics", "/debug/experts", "/openapi.json", "/nothing")
+ROUTES = (
+    "/v1/models",
+    "/v1/models/fox",
+    "/ready",
+    "/metrics",
+    "/debug/experts",
+    "/debug/units",
+    "/openapi.json",
+    "/nothing",
+)
 
 
 @pytest.mark.parametrize(
