@@ -11,7 +11,23 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from brigade.cli import bench, chat, doctor, drain, experts, explain, join, manifest, plan, role, serve, status, up, verify
+from brigade.cli import (
+    bench,
+    chat,
+    doctor,
+    drain,
+    experts,
+    explain,
+    join,
+    manifest,
+    plan,
+    role,
+    serve,
+    status,
+    trace,
+    up,
+    verify,
+)
 from brigade.cli.fault import Fault, one_line
 
 
@@ -39,6 +55,7 @@ app.command()(join.join)
 app.command()(chat.chat)
 app.command()(bench.bench)
 app.command()(status.status)
+app.command()(trace.trace)
 app.command()(experts.experts)
 app.command()(doctor.doctor)
 app.command()(up.up)

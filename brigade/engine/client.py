@@ -28,12 +28,14 @@ from brigade.engine.messages import (
     Loading,
     Loads,
     Offered,
+    Pong,
     Ready,
     Refused,
     Reserve,
     Reserved,
     Rouse,
     Settled,
+    Spans,
     Staged,
     Stats,
     Step,
@@ -53,6 +55,7 @@ from brigade.engine.output import (
 )
 from brigade.engine.pulse import added
 from brigade.engine.rebalance import Rebalancer
+from brigade.engine.recorder import Recorder
 from brigade.engine.router import Room, Router
 from brigade.engine.site import Site
 from brigade.engine.tokenizer import Tokenizer
@@ -100,6 +103,7 @@ class Engine:
         self._rids = itertools.count()
         self._router: Router
         self._keeper = Keeper(self, config, self.spec, self.experts, self._observer, site, kv)
+        self.recorder = Recorder(config.ranks, self._tell_rank)
         self._draining = self._closed = False
         self.failed = False
         """A bug ended the engine: it will not come back."""
@@ -240,6 +244,13 @@ class Engine:
         if self._unit is not None and (rank := self._router.rank_of(rid)) is not None:
             self._unit.send(rank, message)
 
+    def _tell_rank(self, rank: int, message: ToWorker) -> bool:
+        """Whether it can be told something: a rank that is being started expects nothing yet."""
+        if not self.up or self._unit is None:
+            return False
+        self._unit.send(rank, message)
+        return True
+
     def leave(self, rid: int, drop: bool) -> None:
         """This part is over; `drop`: its rank is to be told."""
         if drop:
@@ -368,6 +379,8 @@ class Engine:
             case Refused(rid, text):
                 if generation := self._generations.get(rid):
                     generation.fail(BadRequest(text))
+            case Spans() | Pong():
+                self.recorder.hear(rank, message)
             case Staged() | Settled() | Loads():
                 self.experts.take(rank, message)
             case _:

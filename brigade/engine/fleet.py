@@ -196,7 +196,14 @@ class Fleet:
 
     def choose(self, flight: Flight, side: Side, max_new: int) -> RequestPart | None:
         """A rank for a part of a request; None while no unit of that side is there."""
-        return self.crew.choose(flight, side, next(self._rids), max_new)
+        part = self.crew.choose(flight, side, next(self._rids), max_new)
+        if part is not None:
+            self._observer.placed(flight.generation.rid, part.rid)
+        return part
+
+    def moved(self, flight: Flight) -> None:
+        """A request has come to another state."""
+        self._observer.moved(flight.generation.rid, flight.state)
 
     def park(self, flight: Flight, again: Callable[[], None]) -> None:
         """Try again when there may be a unit, the most urgent requests first; their own deadlines end them."""

@@ -64,6 +64,7 @@ class Flight:
 
     def begin(self) -> None:
         self._arm()
+        self._fleet.moved(self)
         self._do(Action.PLACE)
 
     async def placed(self) -> None:
@@ -92,6 +93,7 @@ class Flight:
         actions = self.handover.on(event)
         self.since = time.monotonic()
         self._fleet.waits.left(before, self.since - since)
+        self._fleet.moved(self)
         if event in (Event.PREFILL_LOST, Event.DECODE_LOST):
             self._leave("prefill" if event is Event.PREFILL_LOST else "decode", drop=False)
         self._arm()

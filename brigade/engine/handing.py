@@ -26,6 +26,7 @@ from brigade.comm.kv.rows import Rows
 from brigade.comm.kv.shared import SharedCaches
 from brigade.comm.kv.tcp import Caller, KvServer
 from brigade.core.handover import Leases
+from brigade.core.laps import Laps
 from brigade.core.request import Request
 from brigade.core.scheduler import Scheduler, Slice, StepPlan
 from brigade.engine.config import KvConfig
@@ -56,6 +57,8 @@ RESERVATION = 900.0
 """Seconds that reserved pages wait for a Follow, and then for an Adopt: longer than the gateway waits for either."""
 TRANSFER = 30.0
 """Seconds that rows may take after the prompt was computed."""
+TRANSFER_SPAN = "transfer"
+"""What a span of fetching rows is called; its layer is the request's number."""
 _SOON, _LATER = 0.0005, 0.25
 """Seconds between two looks of an idle loop at work in the background, and at the clock."""
 
@@ -102,6 +105,10 @@ class Handing:
         self.server: KvServer | None = None
         self.nixl: Nixl | None = None
         """Others read this rank's memory as long as it is there."""
+        self._began: dict[int, int] = {}
+        """Transfers that run -> when they began, in nanoseconds."""
+        self.laps: Laps | None = None
+        """Where transfers are noted while somebody records."""
 
     @classmethod
     def of(
@@ -220,6 +227,7 @@ class Handing:
         elif self._ended.get(rid) != "":  # it may be told twice
             req = self._scheduler.arriving[rid]
             self._ended.pop(rid, None)
+            self._began[rid] = time.monotonic_ns()
             self._fetches.fetch(rid, offer, req.pages, req.done)
 
     def drop(self, rid: int) -> bool:
@@ -248,6 +256,8 @@ class Handing:
             self._reserved[req.rid] = asked, now + RESERVATION
             self._channel.send(Reserved(req.rid, req.done))
         for rid, failure in self._fetches.poll() if self._fetches else []:
+            if (began := self._began.pop(rid, None)) and self.laps:
+                self.laps.note(TRANSFER_SPAN, began, time.monotonic_ns(), rid)
             if rid in self._dropped:
                 self._dropped.discard(rid)
                 self.drop(rid)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 from brigade.comm.channel import Channel, ChannelClosed
 from brigade.comm.group import Alone, Group, PeerLost
+from brigade.core.laps import Laps
 from brigade.core.lockstep import Shape, agree
 from brigade.core.overlap import Overlap, Way
 from brigade.core.pages import PagePool
@@ -41,6 +42,7 @@ from brigade.engine.messages import (
     Pong,
     Portion,
     Ready,
+    Record,
     Refused,
     Reserve,
     Rouse,
@@ -48,10 +50,12 @@ from brigade.engine.messages import (
     Stats,
     Step,
     TellLoads,
+    TellSpans,
     Token,
     ToWorker,
     Wake,
 )
+from brigade.engine.recorded import Recorded
 from brigade.engine.storing import Storing
 from brigade.engine.unit_rank import UnitRank
 from brigade.engine.worker import Worker, Wrote, stop_ids
@@ -85,10 +89,11 @@ class Loop:
         micro_batches: int = 1,
         handing: Handing | None = None,
         storing: Storing | None = None,
+        recorded: Recorded | None = None,
     ) -> None:
         """`membership`: of a unit that has been formed; None for a worker that runs alone. `micro_batches`: of a step,
         0 to choose while running. `handing`: how prompts come from other units or go there, if they do. `storing`:
-        what is kept on disk, if anything is."""
+        what is kept on disk, if anything is. `recorded`: of a worker that times the parts of its steps."""
         self.worker, self.scheduler, self.channel, self.depth = worker, scheduler, channel, depth
         self.membership, self.handing, self.storing = membership, handing, storing
         self.group: Group = membership.group if membership else Alone()
@@ -110,6 +115,9 @@ class Loop:
         """How the steps in `pending` run."""
         self._times: deque[int] = deque()
         """Microseconds of those that are done."""
+        self.recorded = recorded or Recorded(Laps(time.monotonic_ns))
+        if handing:
+            handing.laps = self.recorded.turns
         self._told, self._took = Way(1, 0), 0
         """The last committed step and its microseconds; 0: told already. All ranks commit in step."""
 
@@ -161,7 +169,10 @@ class Loop:
 
     def step(self) -> None:
         """Plan, agree with the other ranks, run, and commit what is due. Raises PeerLost."""
+        turns = self.recorded.turns
+        self.recorded.turn()
         plan = self.scheduler.plan()
+        turns.end("schedule")
         if self.storing and self.scheduler.filling.begun:
             self.storing.begin(self._do(_nothing))
         mover = self.worker.mover
@@ -173,6 +184,7 @@ class Loop:
             self.scheduler.undo(plan)
             raise
         agreed = agree(shapes)
+        turns.end("agree")
         if self._took:
             self.overlap.learn(self._told, max(s.took for s in shapes))
             self._took = 0
@@ -183,8 +195,10 @@ class Loop:
             self._ways.append(way)
             wrote = self.handing.planned(plan) if self.handing else None
             self.pending.append((plan, self._do(self._run, plan, way.n, wrote)))
+        turns.begin()
         if self.pending and (len(self.pending) >= self.depth or not agreed.run):
             self._commit_oldest()
+            turns.end("commit")
         self.asleep = agreed.sleep
 
     def take(self, message: ToWorker) -> None:
@@ -207,7 +221,12 @@ class Loop:
                     raise ValueError("a worker that runs alone was told to take a prompt from another one")
                 self.handing.take(message)
             case Ping(seq):
-                self.channel.send(Pong(seq, self.stats()))
+                self.channel.send(Pong(seq, self.stats(), time.monotonic_ns()))
+            case Record(seconds, most):
+                self.recorded.record(seconds, most)
+            case TellSpans(seq):
+                for portion in self.recorded.tell(seq):
+                    self.channel.send(portion)
             case Form():
                 self.form(message)
             case Portion():
@@ -280,12 +299,13 @@ class Loop:
         if self._lost is not None:
             raise self._lost
         try:
-            begin = time.perf_counter()
+            begin = time.monotonic()
             choices = self.worker.run(plan, n, wrote)
         except PeerLost as e:
             self._lost = e
             raise
-        self._times.append(int(1e6 * (time.perf_counter() - begin)))
+        self._times.append(int(1e6 * (time.monotonic() - begin)))
+        self.recorded.ran(begin, plan, n)
         return choices
 
     def commit(self, plan: StepPlan, result: "Future[dict[int, Choice]]") -> None:
@@ -436,7 +456,8 @@ def main(fd: int) -> int:
             ready.notes.append(storing.note)
         channel.send(ready)
         micro_batches = config.micro_batches if worker.wire and unit.size > 1 else 1
-        Loop(worker, scheduler, channel, config.depth, membership, micro_batches, handing, storing).run()
+        recorded = Recorded(worker.model.laps)
+        Loop(worker, scheduler, channel, config.depth, membership, micro_batches, handing, storing, recorded).run()
     except ChannelClosed:
         log.info("the channel was closed; ending")
     return 0

@@ -3,6 +3,7 @@
 import msgspec
 
 from brigade.comm.kv.offer import Offer
+from brigade.core.laps import Lap
 from brigade.core.moves import Move
 from brigade.core.placement import Placement
 from brigade.engine.config import EngineConfig, KvConfig
@@ -120,7 +121,23 @@ class Adopt(msgspec.Struct, frozen=True, tag=True):
     token: int
 
 
-ToWorker = Start | Form | Add | Wake | Abort | Ping | Portion | TellLoads | Reserve | Follow | Adopt
+class Record(msgspec.Struct, frozen=True, tag=True):
+    """Keep spans of what is computed from now on, for so many seconds at most."""
+
+    seconds: float
+    most: int
+    """Spans to keep, of each kind: the newest ones."""
+
+
+class TellSpans(msgspec.Struct, frozen=True, tag=True):
+    """Stop recording and say what was recorded. Answered by Spans, in portions."""
+
+    seq: int
+
+
+ToWorker = (
+    Start | Form | Add | Wake | Abort | Ping | Portion | TellLoads | Reserve | Follow | Adopt | Record | TellSpans
+)
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -238,6 +255,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 class Pong(msgspec.Struct, frozen=True, tag=True):
     seq: int
     stats: Stats
+    clock: int = 0
+    """Nanoseconds of CLOCK_MONOTONIC on the rank's host."""
 
 
 class Lost(msgspec.Struct, frozen=True, tag=True):
@@ -274,6 +293,30 @@ class Loads(msgspec.Struct, frozen=True, tag=True):
     """[layer with routed experts][logical expert] -> own tokens that were routed to it."""
     received: list[int]
     """[layer] -> rows of all ranks that were computed here; zeros where all experts are on one rank."""
+
+
+class Ran(msgspec.Struct, frozen=True, array_like=True):
+    """One step of a rank, in nanoseconds of its host's CLOCK_MONOTONIC."""
+
+    begin: int
+    end: int
+    micro_batches: int
+    slices: list[tuple[int, int, int]]
+    """Of each request in it: rid, first position, tokens."""
+
+
+class Spans(msgspec.Struct, frozen=True, tag=True):
+    """Some of what a rank has recorded; `last`: that was all."""
+
+    seq: int
+    steps: list[Ran]
+    parts: list[Lap]
+    """Of steps, from the thread that runs them."""
+    turns: list[Lap]
+    """Of the loop, between them."""
+    n_lost: int = 0
+    """Older spans that there was no room for."""
+    last: bool = False
 
 
 class Reserved(msgspec.Struct, frozen=True, tag=True):
@@ -334,4 +377,5 @@ FromWorker = (
     | Adopted
     | Gone
     | Rouse
+    | Spans
 )

@@ -76,6 +76,12 @@ class Observer(Protocol):
     def restarted(self) -> None:
         """The worker died and a new one is being started."""
 
+    def placed(self, rid: int, part: int) -> None:
+        """A rank of a fleet works for request `rid` from now on, under the number `part`."""
+
+    def moved(self, rid: int, state: str) -> None:
+        """Request `rid` of a fleet has come to this state of its hand-over."""
+
 
 class EngineError(Exception):
     """The engine cannot serve this request now."""
@@ -121,3 +127,5 @@ class Unobserved:
     def next_token(self, seconds: float) -> None: ...
     def finished(self, timings: Timings, reason: str) -> None: ...
     def restarted(self) -> None: ...
+    def placed(self, rid: int, part: int) -> None: ...
+    def moved(self, rid: int, state: str) -> None: ...

@@ -36,6 +36,7 @@ from brigade.engine.messages import (
     Reserved,
     Rouse,
     Settled,
+    Spans,
     Staged,
     Start,
     Step,
@@ -247,6 +248,7 @@ class Unit:
                 | Staged()
                 | Settled()
                 | Loads()
+                | Spans()
                 | Reserved()
                 | Offered()
                 | Computed()

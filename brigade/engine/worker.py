@@ -175,15 +175,19 @@ class Worker:
     def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
         """Run one step, in n micro-batches, and sample. The last token of a request may be needed by the very next
         step. `wrote` is called after each layer's attention, from this thread."""
+        laps = self.model.laps
+        laps.begin()
         last = {s.rid: h.new[-1] for s in plan.slices if (h := self.histories[s.rid]).new}
         batches = [
             build(part, self.page, last, partial(wrote, part.slices) if wrote else None) for part in cut(plan, n)
         ]
+        laps.end("batch")
         rids = [rid for batch in batches for rid in batch.rids]
         rows = [self.histories[rid] for rid in rids]
         choices = choose(self.model.forward(*batches), rows)
         for history, choice in zip(rows, choices, strict=True):
             history.append(max(choice.token, 0))  # a broken row still has a position in the steps already planned
+        laps.end("sampling")
         return dict(zip(rids, choices, strict=True))
 
 

@@ -4,6 +4,7 @@ Attention runs in its absorbed form: queries are moved into the latent space, so
 rotary key a token, never the heads. Shape letters as in kernels/reference.py.
 """
 
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brigade.core.laps import Laps
 from brigade.kernels import reference as ops
 from brigade.model import rotary
 from brigade.model.batch import Batch
@@ -74,6 +76,7 @@ class DeepSeek:
         self.spec, self.a, self.w = spec, spec.attention, weights
         self.attn = [Attention.of(weights, f"model.layers.{i}.self_attn", self.a) for i in range(spec.n_layers)]
         self.scale = rotary.score_scale(spec.rope, self.a.qk)
+        self.laps = Laps(time.monotonic_ns)
         self.spread = Spread(spec) if spec.moe else None
         """How rows reach experts, of other ranks too where the weights hold only some of them."""
         names = [f"model.layers.{i}.mlp.experts.*" for i in range(spec.n_dense, spec.n_layers) if spec.moe]
@@ -90,26 +93,31 @@ class DeepSeek:
         """Run one step, in one micro-batch or several. Returns float32 logits [R, V] of the rows to sample."""
         x_RD = torch.cat(in_turn([self._layers(batch, lane) for lane, batch in enumerate(batches)]))
         head = "model.embed_tokens.weight" if self.spec.tied_head else "lm_head.weight"
-        return F.linear(self.norm(x_RD, "model.norm"), self.w[head]).float()
+        logits = F.linear(self.norm(x_RD, "model.norm"), self.w[head]).float()
+        self.laps.end("head")
+        return logits
 
     def _layers(self, batch: Batch, lane: int) -> InTurn[Tensor]:
         """One micro-batch through all layers: the residual of the rows to sample."""
         x_TD = F.embedding(batch.ids_T, self.w["model.embed_tokens.weight"])
         cos_TR, sin_TR = self.cos[batch.positions_T], self.sin[batch.positions_T]
+        self.laps.end("embedding", -1, lane)
         for i in range(self.spec.n_layers):
             at = f"model.layers.{i}"
-            x_TD = x_TD + self.attention(i, self.norm(x_TD, f"{at}.input_layernorm"), batch, cos_TR, sin_TR)
+            x_TD = x_TD + self.attention(i, self.norm(x_TD, f"{at}.input_layernorm"), batch, cos_TR, sin_TR, lane)
             if batch.wrote:
                 batch.wrote(i)
+                self.laps.end("offering rows", i, lane)
             h_TD = self.norm(x_TD, f"{at}.post_attention_layernorm")
             if self.spec.is_moe(i):
                 x_TD = x_TD + (yield from self.moe(i, h_TD, f"{at}.mlp", lane))
             else:
                 x_TD = x_TD + self.mlp(h_TD, f"{at}.mlp")
+                self.laps.end("feed-forward", i, lane)
         return x_TD[batch.sample_R]
 
-    def attention(self, layer: int, x_TD: Tensor, batch: Batch, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        a, w, cache = self.a, self.attn[layer], self.cache.layers[layer]
+    def attention(self, layer: int, x_TD: Tensor, batch: Batch, cos_TR: Tensor, sin_TR: Tensor, lane: int) -> Tensor:
+        a, w, cache, laps = self.a, self.attn[layer], self.cache.layers[layer], self.laps
         q = x_TD if w.q_a is None else ops.rms_norm(F.linear(x_TD, w.q_a), _some(w.q_norm), LATENT_NORM_EPS)
         q_THN, q_THR = F.linear(q, w.q_b).unflatten(-1, (a.n_heads, a.qk)).split([a.nope, a.rope], -1)
         c_TC, k_TR = F.linear(x_TD, w.kv_a).split([a.kv_rank, a.rope], -1)
@@ -120,6 +128,7 @@ class DeepSeek:
         ops.write_cache(cache, rows_TW, batch.slots_T)
         q_THC = (q_THN.transpose(0, 1) @ w.key_HNC).transpose(0, 1)
         q_THW = torch.cat([q_THC, q_THR], -1) * self.scale
+        laps.end("attention, projections in", layer, lane)
         o_THC = torch.empty_like(q_THC)
         for c in batch.chunks:
             o_THC[c.row : c.row + c.n] = ops.mla_prefill(
@@ -127,27 +136,41 @@ class DeepSeek:
             )
         for d in batch.decodes:
             o_THC[d.rows_B] = ops.mla_decode(q_THW[d.rows_B], cache, d.pages_BP, d.lengths_B, a.kv_rank)
+        laps.end("attention", layer, lane)
         o_THV = (o_THC.transpose(0, 1) @ w.value_HCV).transpose(0, 1)
-        return F.linear(o_THV.flatten(1), w.out)
+        y_TD = F.linear(o_THV.flatten(1), w.out)
+        laps.end("attention, projection out", layer, lane)
+        return y_TD
 
     def moe(self, layer: int, x_TD: Tensor, at: str, lane: int) -> InTurn[Tensor]:
-        w, moe, spread = self.w, self.spec.moe, self.spread
+        w, moe, spread, laps = self.w, self.spec.moe, self.spread, self.laps
         if moe is None or spread is None:
             raise TypeError(f"{at} is not a mixture of experts")
         ids_TK, w_TK = ops.route(x_TD, w[f"{at}.gate.weight"], w[f"{at}.gate.e_score_correction_bias"], moe)
         gate, up, down = self._experts[layer - self.spec.n_dense]
+        laps.end("gate", layer, lane)
         if spread.exchange is None:
             spread.count(layer, ids_TK)
             y_TD = ops.experts(x_TD, ids_TK, w_TK, gate, up, down)
+            laps.end("experts", layer, lane)
         else:
             spread.offer(layer, x_TD, ids_TK, lane)
+            laps.end("dispatch", layer, lane)
             yield
             rows_ND, slot_N = spread.take(lane)
+            laps.end("dispatch, arriving", layer, lane)
             one_N1 = torch.ones(len(slot_N), 1)
-            spread.give(ops.experts(rows_ND, slot_N[:, None].long(), one_N1, gate, up, down).float(), lane)
+            y_ND = ops.experts(rows_ND, slot_N[:, None].long(), one_N1, gate, up, down).float()
+            laps.end("experts", layer, lane)
+            spread.give(y_ND, lane)
+            laps.end("combine", layer, lane)
             yield
-            y_TD = torch.einsum("tkd,tk->td", spread.results(lane), w_TK).to(x_TD.dtype)
-        return y_TD + self.mlp(x_TD, f"{at}.shared_experts") if moe.n_shared else y_TD
+            y_TKD = spread.results(lane)
+            laps.end("combine, arriving", layer, lane)
+            y_TD = torch.einsum("tkd,tk->td", y_TKD, w_TK).to(x_TD.dtype)
+        y_TD = y_TD + self.mlp(x_TD, f"{at}.shared_experts") if moe.n_shared else y_TD
+        laps.end("shared experts", layer, lane)
+        return y_TD
 
     def mlp(self, x_TD: Tensor, at: str) -> Tensor:
         gate, up, down = (self.w[f"{at}.{name}_proj.weight"] for name in ("gate", "up", "down"))

@@ -5,12 +5,14 @@ else is in the batch, so no schedule changes the text.
 """
 
 import ctypes
+import time
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brigade.core.laps import Laps
 from brigade.kernels.cpu import structs
 from brigade.kernels.cpu.layers import (
     Each,
@@ -66,6 +68,7 @@ class CpuModel:
         """Whether a prompt's rows are computed in another way than an answer's, so that they differ by a rounding."""
         self.spread = Spread(spec) if spec.moe else None
         """How rows reach experts, of other ranks too where `read` gives only some of them."""
+        self.laps = Laps(time.monotonic_ns)
         self.cache: KvCache
         self.cos: Tensor
         self.sin: Tensor
@@ -77,22 +80,29 @@ class CpuModel:
 
     def forward(self, *batches: Batch) -> Tensor:
         """Run one step, in one micro-batch or several. Returns float32 logits [R, V] of the rows to sample."""
-        return self.head(torch.cat(in_turn([self._layers(batch, lane) for lane, batch in enumerate(batches)])))
+        logits = self.head(torch.cat(in_turn([self._layers(batch, lane) for lane, batch in enumerate(batches)])))
+        self.laps.end("head")
+        return logits
 
     def _layers(self, batch: Batch, lane: int) -> InTurn[Tensor]:
         """One micro-batch through all layers: the residual of the rows to sample."""
-        dim = self.spec.dim
+        dim, laps = self.spec.dim, self.laps
         x_TD = F.embedding(batch.ids_T, self.embed).float()
         x_TD = F.pad(x_TD, (0, padded(dim) - dim)) if dim % padded(1) else x_TD
         step, _held = self._step(batch)
+        laps.end("embedding", -1, lane)
         for i, (attention, feed_forward) in enumerate(self.layers):
             attention(x_TD, step, self.cache.layers[i])
+            laps.end("attention", i, lane)
             if batch.wrote:
                 batch.wrote(i)
+                laps.end("offering rows", i, lane)
             if self.spread is None or not self.spec.is_moe(i):
                 feed_forward(x_TD)
+                laps.end("feed-forward", i, lane)
             elif self.spread.exchange is None:
                 self.spread.count(i, feed_forward(x_TD).ids_TK[:, : feed_forward.top_k])
+                laps.end("experts", i, lane)
             else:
                 yield from self._spread(i, feed_forward, x_TD, self.spread, lane)
         return x_TD[batch.sample_R]
@@ -107,16 +117,25 @@ class CpuModel:
 
     def _spread(self, i: int, layer: FeedForward, x_TD: Tensor, spread: Spread, lane: int) -> InTurn[None]:
         """Layer i, whose routed experts lie on several ranks: the same sums in the same order as on one."""
-        dim = self.spec.dim
+        dim, laps = self.spec.dim, self.laps
         routed = layer.route(x_TD)
+        laps.end("gate", i, lane)
         spread.offer(i, routed.x_TD[:, :dim], routed.ids_TK[:, : layer.top_k], lane)
+        laps.end("dispatch", i, lane)
         yield
         rows_ND, slot_N = spread.take(lane)
+        laps.end("dispatch, arriving", i, lane)
         rows_ND = F.pad(rows_ND, (0, padded(dim) - dim)) if dim % padded(1) else rows_ND
-        spread.give(layer.routed_experts(rows_ND, slot_N)[:, :dim], lane)
+        y_ND = layer.routed_experts(rows_ND, slot_N)[:, :dim]
+        laps.end("experts", i, lane)
+        spread.give(y_ND, lane)
+        laps.end("combine", i, lane)
         yield
-        layer.add_routed(spread.results(lane), routed, x_TD)
+        y_TKD = spread.results(lane)
+        laps.end("combine, arriving", i, lane)
+        layer.add_routed(y_TKD, routed, x_TD)
         layer.add_shared(routed, x_TD)
+        laps.end("shared experts", i, lane)
 
     def _step(self, batch: Batch) -> tuple[structs.Step, object]:
         """The step as the kernels see it, and what must live as long."""

@@ -69,6 +69,11 @@ class Answer:
         return sum(choice.n_tokens for choice in self.choices)
 
     @property
+    def rids(self) -> list[int]:
+        """What the engine calls the generations."""
+        return [generation.rid for generation in self._generations]
+
+    @property
     def complete(self) -> bool:
         """Whether every choice has given its last piece."""
         return all(choice.finish_reason is not None for choice in self.choices)

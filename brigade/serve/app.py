@@ -104,5 +104,6 @@ def make_app(engine: "Fleet", config: ServeConfig, metrics: Metrics, life: Life 
             "/metrics": {"GET": routes.metrics},
             "/debug/experts": {"GET": routes.experts},
             "/debug/units": {"GET": routes.units},
+            "/debug/trace": {"POST": routes.trace},
         },
     )

@@ -29,6 +29,10 @@ from brigade.serve.replies import (
 class Format(Protocol):
     """One API's way to say an answer."""
 
+    @property
+    def id(self) -> str:
+        """That of the answer."""
+
     def opening(self) -> Iterator[ChatChunk | Completion]:
         """Events before the first token."""
 
@@ -69,6 +73,10 @@ class ChatFormat:
         self._in_reasoning = in_reasoning
         self._splitters = [self._splitter() for _ in range(n_choices)]
         self._logprobs = logprobs
+
+    @property
+    def id(self) -> str:
+        return self._heading.id
 
     def opening(self) -> Iterator[ChatChunk]:
         """The role, once for each choice."""
@@ -156,6 +164,10 @@ class CompletionFormat:
         self._tokenizer = tokenizer
         self._echoes = echoes
         self._n_logprobs = n_logprobs
+
+    @property
+    def id(self) -> str:
+        return self._heading.id
 
     def opening(self) -> Iterator[Completion]:
         """The prompts, if they are to be repeated."""

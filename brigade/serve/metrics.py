@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from brigade.engine.messages import StoreStats
 from brigade.engine.output import Timings
+from brigade.serve.tracer import Tracer
 from brigade.serve.units import RankReport, Recent, ServerReport, UnitReport, handovers, unit_reports
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Metrics(Collector):
             "Time from submission to the last token of requests that came to their end.",
             _WHOLE_SECONDS,
         )
+        self.tracer = Tracer()
         self._recent_ttft, self._recent_tpot = Recent(), Recent()
         self._began, self._version = time.monotonic(), version("brigade")
         self._n_prompt = self._n_cached = self._n_stored = self._n_generated = self._n_restarts = 0
@@ -107,6 +109,14 @@ class Metrics(Collector):
     def restarted(self) -> None:
         """The worker died and is being replaced."""
         self._n_restarts += 1
+
+    def placed(self, rid: int, part: int) -> None:
+        """For traces."""
+        self.tracer.placed(rid, part)
+
+    def moved(self, rid: int, state: str) -> None:
+        """For traces."""
+        self.tracer.moved(rid, state)
 
     # For the server
 

@@ -13,6 +13,7 @@ from brigade.engine.loads import Experts
 from brigade.serve.config import ServeConfig
 from brigade.serve.replies import ChatChunk, ChatCompletion, Completion, ErrorReply, Model, ModelList, Status
 from brigade.serve.schema import ChatRequest, CompletionRequest
+from brigade.serve.tracer import Recording, TraceRequest
 from brigade.serve.units import ServerReport
 
 _REF = "#/components/schemas/"
@@ -22,6 +23,7 @@ _SAID = {
     403: "The Host header does not name this machine.",
     404: "No such model, or a model without routed experts.",
     408: "The body took too long to arrive.",
+    409: "Another recording runs.",
     413: "The body is too large.",
     415: "The body is not application/json.",
     429: "The queue is full.",
@@ -54,6 +56,14 @@ def document(config: ServeConfig) -> dict[str, Any]:
         },
         "/debug/experts": {
             "get": _operation(config, "How busy routed experts are, and where", _json("Experts"), (404, 503)),
+        },
+        "/debug/trace": {
+            "post": {
+                **_operation(
+                    config, "Record what all processes do", _json("Recording"), (400, 408, 409, 413, 415, 503)
+                ),
+                "requestBody": {"required": True, "content": _json("TraceRequest")},
+            }
         },
         "/debug/units": {"get": _operation(config, "What runs where, and how well", _json("ServerReport"))},
     }
@@ -102,9 +112,20 @@ def _streamed(whole: str, chunk: str) -> dict[str, Any]:
 
 def _schemas(config: ServeConfig) -> dict[str, Any]:
     _, asked = models_json_schema(
-        [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF + "{model}"
+        [(kind, "validation") for kind in (ChatRequest, CompletionRequest, TraceRequest)], ref_template=_REF + "{model}"
     )
-    replies = (ChatCompletion, ChatChunk, Completion, ErrorReply, Experts, Model, ModelList, ServerReport, Status)
+    replies = (
+        ChatCompletion,
+        ChatChunk,
+        Completion,
+        ErrorReply,
+        Experts,
+        Model,
+        ModelList,
+        Recording,
+        ServerReport,
+        Status,
+    )
     _, given = msgspec.json.schema_components(replies, ref_template=_REF + "{name}")
     schemas: dict[str, Any] = {**asked["$defs"], **given}
     for name in ("ChatRequest", "CompletionRequest"):

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,8 +22,9 @@ from brigade.serve.life import Life, Wanted
 from brigade.serve.metrics import CONTENT_TYPE, Metrics
 from brigade.serve.replies import Model, ModelList, Status
 from brigade.serve.sampling import Sampling
-from brigade.serve.schema import ChatRequest, CompletionRequest, GenerationRequest, R, parse
+from brigade.serve.schema import ChatRequest, CompletionRequest, G, GenerationRequest, R, parse
 from brigade.serve.stream import EventStream
+from brigade.serve.tracer import RequestTrace, TraceReply, TraceRequest
 from brigade.spec.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ class Routes:
 
     async def chat(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions"""
+        trace = self._metrics.tracer.begin(request)
         asked = await self._read(ChatRequest, request)
+        trace.end("read")
         if self._template is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions", code="no_chat_template")
         params = self._sampling.chat(asked)
@@ -64,20 +66,24 @@ class Routes:
             prompt = await asyncio.to_thread(self._template.prompt, messages, extra)
         if asked.max_tokens is None and asked.max_completion_tokens is None:
             params = replace(params, max_tokens=self._room(prompt.tokens))
+        trace.end("template and tokens")
         form = self._chat_format(asked, prompt, params)
-        return await self._reply(request, asked, [prompt.tokens], [params], form)
+        return await self._reply(request, asked, [prompt.tokens], [params], form, trace)
 
     async def completion(self, request: Request) -> ASGIApp:
         """POST /v1/completions"""
+        trace = self._metrics.tracer.begin(request)
         asked = await self._read(CompletionRequest, request)
+        trace.end("read")
         params = self._sampling.completion(asked)
         small = sum(map(len, asked.prompts())) <= SMALL_PROMPT
         prompts, echoes = self._prompts(asked) if small else await asyncio.to_thread(self._prompts, asked)
         each = [self._within_room(asked, prompt, params) for prompt in prompts]
+        trace.end("tokens")
         heading = self._heading("cmpl-", asked)
         per_choice = [echo for echo in echoes for _ in range(params.n)]
         form = CompletionFormat(heading, self._engine.tokenizer, per_choice, asked.logprobs)
-        return await self._reply(request, asked, prompts, each, form)
+        return await self._reply(request, asked, prompts, each, form, trace)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models"""
@@ -117,12 +123,20 @@ class Routes:
             raise ApiError(404, "this model has no routed experts", code="no_experts")
         return _json(Experts(units))
 
-    async def _read(self, kind: type[R], request: Request) -> R:
-        body = await self._bodies.read(request)
-        # A body of megabytes takes long enough to parse for other streams to notice.
-        asked = parse(kind, body) if len(body) <= SMALL_BODY else await asyncio.to_thread(parse, kind, body)
+    async def trace(self, request: Request) -> ASGIApp:
+        """POST /debug/trace: what this process and all ranks do for a while."""
+        asked = await self._parsed(TraceRequest, request)
+        return TraceReply(self._metrics.tracer, self._engine, asked, self._life)
+
+    async def _read(self, kind: type[G], request: Request) -> G:
+        asked = await self._parsed(kind, request)
         self._check_model(asked.model)
         return asked
+
+    async def _parsed(self, kind: type[R], request: Request) -> R:
+        body = await self._bodies.read(request)
+        # A body of megabytes takes long enough to parse for other streams to notice.
+        return parse(kind, body) if len(body) <= SMALL_BODY else await asyncio.to_thread(parse, kind, body)
 
     def _check_model(self, name: str) -> None:
         if name != self._config.served_name:
@@ -178,18 +192,24 @@ class Routes:
         prompts: list[list[int]],
         params: list[SamplingParams],
         form: Format,
+        trace: RequestTrace,
     ) -> ASGIApp:
-        def start() -> Awaitable[Answer]:
-            return Answer.start(self._engine, prompts, params, asked.cache_salt or "", asked.priority or 0)
+        async def start() -> Answer:
+            answer = await Answer.start(self._engine, prompts, params, asked.cache_salt or "", asked.priority or 0)
+            trace.known_as(form.id, answer.rids)
+            trace.end("submit")
+            return answer
 
         if asked.stream:
-            return EventStream(start, form, asked.wants_usage_event, self._life)
+            return EventStream(start, form, asked.wants_usage_event, self._life, trace)
         async with Wanted(request.receive, self._life):
             answer = await start()
             try:
                 await answer.finish()
             finally:
                 answer.cancel()
+                trace.end("wait")
+                trace.over()
         return _json(form.whole(answer))
 
     def _model(self) -> Model:

@@ -137,7 +137,8 @@ class GenerationRequest(Request):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-R = TypeVar("R", bound=GenerationRequest)
+R = TypeVar("R", bound=Request)
+G = TypeVar("G", bound=GenerationRequest)
 TemplateValue = str | bool | int | FiniteFloat | None
 
 

@@ -11,6 +11,7 @@ from brigade.serve.answer import Answer
 from brigade.serve.errors import ClientGone, api_error, error_body
 from brigade.serve.formats import Format
 from brigade.serve.life import Life, Wanted
+from brigade.serve.tracer import RequestTrace
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
@@ -44,8 +45,8 @@ class EventStream:
     5. If the client leaves, the answer is cancelled at once.
     """
 
-    def __init__(self, start: Start, form: Format, with_usage: bool, life: Life) -> None:
-        self._start, self._form, self._with_usage, self._life = start, form, with_usage, life
+    def __init__(self, start: Start, form: Format, with_usage: bool, life: Life, trace: RequestTrace) -> None:
+        self._start, self._form, self._with_usage, self._life, self._trace = start, form, with_usage, life, trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the whole stream. Raises EngineError before anything is sent, and no later."""
@@ -66,19 +67,24 @@ class EventStream:
         finally:
             if answer is not None:
                 answer.cancel()
+            self._trace.end("stream")
+            self._trace.over()
 
     async def _write(self, answer: Answer, send: Send) -> bytes:
         """Send all events but the last ones, which are returned. Raises EngineError if the engine fails on the way."""
-        form = self._form
+        form, trace = self._form, self._trace
         if opening := _events(form.opening()):
             await _send(send, opening)
         async with aclosing(answer.deltas()) as deltas:
+            trace.end("stream")
             async for i, delta in deltas:
+                trace.end("wait")
                 said = _events(form.piece(i, delta, answer.choices[i]))
                 if answer.complete:
                     break
                 if said:
                     await _send(send, said)
+                trace.end("stream")
         return said + (event(form.usage(answer)) if self._with_usage else b"") + DONE
 
 

@@ -18,7 +18,7 @@ from brigade.engine.config import DEMO_MODEL, EngineConfig
 from brigade.engine.fleet import Fleet
 from brigade.engine.fleet_config import FleetConfig, UnitConfig
 from brigade.engine.generation import Generation
-from brigade.engine.output import LoadError
+from brigade.engine.output import LoadError, Unobserved
 from brigade.spec.config import read_spec
 from tests.engine.asking import until
 from tests.engine.conftest import workers
@@ -125,6 +125,42 @@ async def test_one_token_and_stop_tokens_end_on_the_prefill_rank(
     assert await said(await pair.submit(prompt, replace(GREEDY, stop_token_ids=(want[0],)))) == want[:1]
     assert pair.transfers["fetched"] == n
     assert await all_pages_are_back(pair)
+
+
+class Told(Unobserved):
+    """An Observer that keeps where requests were."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, int]] = []
+        self.states: list[tuple[int, str]] = []
+
+    def placed(self, rid: int, part: int) -> None:
+        self.parts.append((rid, part))
+
+    def moved(self, rid: int, state: str) -> None:
+        self.states.append((rid, state))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_request_can_be_followed_over_both_ranks_and_the_link(
+    pair: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    monkeypatch.setattr(pair, "_observer", told)
+    for engine in (member.engine for member in pair.crew.members):
+        engine.recorder.start(10, 9999)
+    generation = await pair.submit(list(range(300, 500)), GREEDY)
+    await said(generation)
+    assert all(rid == generation.rid for rid, _ in told.parts)
+    states = [state for rid, state in told.states if rid == generation.rid]
+    assert states == ["queued", "routed", "prefilling", "transferring", "adopting", "decoding", "ended"]
+    (prefill,), (decode,) = [await member.engine.recorder.collect() for member in pair.crew.members]
+    taking, giving = (part for _, part in told.parts)
+    assert giving in {rid for step in prefill.steps for rid, _, _ in step.slices}
+    assert taking in {rid for step in decode.steps for rid, _, _ in step.slices}
+    (transfer,) = [lap for lap in decode.turns if lap[0] == handing.TRANSFER_SPAN]
+    assert transfer[3] == taking
+    assert transfer[2] <= min(step.begin for step in decode.steps)
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -1,5 +1,6 @@
 """The one loop with a made-up worker and a made-up channel: what is said, in which order, and what is left behind."""
 
+import time
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -197,7 +198,9 @@ def test_the_largest_request_that_fits_is_served_alone(depth: int) -> None:
 
 @both_depths
 def test_an_idle_loop_answers_a_ping(depth: int) -> None:
-    assert Run({0: [Ping(5)]}, depth).sent == [Pong(5, Stats(0, 0, 0, 0, 0))]
+    (pong,) = Run({0: [Ping(5)]}, depth).sent
+    assert pong == Pong(5, Stats(0, 0, 0, 0, 0), pong.clock)
+    assert pong.clock <= time.monotonic_ns() < pong.clock + 60e9
 
 
 @both_depths

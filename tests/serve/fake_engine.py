@@ -4,6 +4,8 @@ A prompt's own first tokens do not matter. Faults are switched on by attributes.
 """
 
 import asyncio
+import itertools
+import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +13,16 @@ from typing import Any
 from brigade.core.roles import UnitState
 from brigade.engine.config import DEMO_MODEL
 from brigade.engine.loads import ExpertLoads, LayerLoads, Moved, UnitLoads
-from brigade.engine.messages import Ready, Stats
+from brigade.engine.messages import Ping, Pong, Ran, Ready, Spans, Stats, TellSpans
 from brigade.engine.output import BadRequest, Delta, EngineError, Health, TokenLogprob, Unavailable
+from brigade.engine.recorder import Recorder
 from brigade.engine.tokenizer import Detokenizer, Tokenizer
 from brigade.spec.sampling import SamplingParams
 
 STORY = "Once upon a time there was a little fox who lived in the woods."
 TOKENIZER = Tokenizer(DEMO_MODEL)
 END_OF_TEXT = 2
+_rids = itertools.count()
 
 
 class FakeGeneration:
@@ -27,6 +31,7 @@ class FakeGeneration:
     def __init__(self, engine: "FakeEngine", prompt: list[int], params: SamplingParams) -> None:
         self.engine, self.prompt, self.params = engine, prompt, params
         self.cancelled = False
+        self.rid = next(_rids)
         self.read = 0
         tokens = TOKENIZER.encode(engine.story)
         self._left = tokens[: params.max_tokens]
@@ -88,6 +93,8 @@ class FakeUnit:
         self._fleet, self.engine = fleet, self
         self.name, self.role, self.n_restarts = "mixed-0", "mixed", 1
         self.config = SimpleNamespace(ranks=1)
+        self.recorder = Recorder(1, self._hear)
+        self.is_silent = False
 
     @property
     def told(self) -> UnitState:
@@ -101,6 +108,17 @@ class FakeUnit:
 
     def rank_stats(self) -> list[Stats]:
         return [self._fleet.stats()]
+
+    def _hear(self, rank: int, message: Any) -> bool:
+        """As a rank of made-up work: one step of one part."""
+        if isinstance(message, TellSpans) and message.seq and not self.is_silent:
+            now = time.monotonic_ns()
+            step = Ran(now - 2000, now, 1, [(generation.rid, 0, 1) for generation in self._fleet.running])
+            self.recorder.hear(rank, Spans(message.seq, [step], [("attention", now - 1500, now, 0, 0)], []))
+            self.recorder.hear(rank, Spans(message.seq, [], [], [], n_lost=3, last=True))
+        if isinstance(message, Ping):
+            self.recorder.hear(rank, Pong(message.seq, self._fleet.stats(), time.monotonic_ns() + 10**12))
+        return True
 
 
 class FakeEngine:
@@ -129,7 +147,8 @@ class FakeEngine:
 
         self.tokenizer = TOKENIZER
         self.config = SimpleNamespace(model=model, max_running=64, max_waiting=256)
-        self.crew = SimpleNamespace(members=[FakeUnit(self)])
+        self.unit = FakeUnit(self)
+        self.crew = SimpleNamespace(members=[self.unit])
         self.failed = False
         self.loads: list[UnitLoads] | EngineError = [UnitLoads("mixed-0", some_loads())]
         """Of experts."""

@@ -14,6 +14,7 @@ from brigade.serve.config import Limits
 from brigade.serve.formats import CompletionFormat, Heading
 from brigade.serve.life import Life
 from brigade.serve.stream import EventStream
+from brigade.serve.tracer import RequestTrace
 from brigade.spec.sampling import SamplingParams
 from tests.serve.conftest import CHAT, COMPLETION, Live, post_bytes
 from tests.serve.fake_engine import STORY, TOKENIZER, FakeEngine
@@ -72,7 +73,7 @@ async def test_a_client_that_leaves_before_the_first_token_ends_its_generations(
         return Answer.start(engine, [[5]], [SamplingParams(n=2)], "")  # type: ignore[arg-type]
 
     form = CompletionFormat(Heading("fox", "cmpl-", with_usage=False), TOKENIZER, ["echo", "echo"], None)
-    await EventStream(start, form, False, Life())({"type": "http"}, gone, stuck)
+    await EventStream(start, form, False, Life(), RequestTrace())({"type": "http"}, gone, stuck)
     assert [g.cancelled for g in engine.submitted] == [True, True]
 
 

@@ -47,7 +47,7 @@ async def test_the_metrics_have_each_rank_and_the_hit_rate(client: httpx.AsyncCl
 
 def test_requests_that_were_heard_are_in_the_report(engine: FakeEngine) -> None:
     metrics = Metrics()
-    metrics.first_token(0.2, n_prompt=10, n_cached=4)
+    metrics.first_token(0.2, n_prompt=10, n_cached=4, n_stored=1)
     metrics.next_token(0.1)
     metrics.finished(Timings(0.2, 0.3, 2), "length")
     report = metrics.report(engine, "fox")  # type: ignore[arg-type]
