@@ -1,7 +1,7 @@
 """What the engine gives its callers, and how it says no."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,8 +12,7 @@ class TokenLogprob:
     """The most likely tokens and their log-probabilities, best first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """The next piece of one generation. The last one has a finish_reason; the texts joined are the whole answer."""
 
     text: str

@@ -1,7 +1,7 @@
 """Puts an answer into OpenAI's words, whole or as stream events. Runs nothing and sends nothing."""
 
+import secrets
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -58,7 +58,7 @@ class Heading:
     created: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.id = self.prefix + uuid.uuid4().hex
+        self.id = self.prefix + secrets.token_hex(16)
         self.created = int(time.time())
 
 

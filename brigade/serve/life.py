@@ -1,12 +1,29 @@
 """For how long an answer is wanted: until its client leaves or the server closes. Knows no answers."""
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
+from typing import Protocol
 
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 from brigade.engine.output import Unavailable
 from brigade.serve.errors import ClientGone
+
+LINE = "brigade.line"
+"""The ASGI extension under which a server of our own gives a request the connection that it came on."""
+
+
+class Line(Protocol):
+    """A connection, for a request that is answered in many pieces."""
+
+    def write(self, piece: bytes) -> bool:
+        """Send a piece of a streamed body now. False where that cannot be: then send it as ASGI says, which waits."""
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call this when the client leaves before its answer is complete, soon if it has left."""
+
+    def unwatch(self) -> None: ...
 
 
 class Life:
@@ -38,10 +55,12 @@ class Wanted:
     """A context that is cancelled when the client leaves, which raises ClientGone, or the server closes, which raises
     Unavailable.
 
-    `receive` must have given the whole request body, so that a disconnect is all it can report.
+    `receive` must have given the whole request body, so that a disconnect is all it can report. It is asked by a task
+    where the server gives no Line.
     """
 
-    def __init__(self, receive: Receive, life: Life) -> None:
+    def __init__(self, scope: Scope, receive: Receive, life: Life) -> None:
+        self._line: Line | None = line_of(scope)
         self._receive, self._life = receive, life
         self._why: Exception | None = None
 
@@ -50,14 +69,20 @@ class Wanted:
         task = asyncio.current_task()
         assert task is not None
         self._task, self._n_cancelled = task, task.cancelling()
+        if self._line is not None:
+            self._line.watch(self._gone)
+            return
         self._watch = asyncio.ensure_future(_disconnect(self._receive))
-        self._watch.add_done_callback(self._on_gone)
+        self._watch.add_done_callback(self._on_end)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._life.leave(self)
-        self._watch.cancel()
+        if self._line is not None:
+            self._line.unwatch()
+        else:
+            self._watch.cancel()
         # As asyncio.timeout does it: a cancellation from elsewhere goes on.
         if self._why is not None and self._task.uncancel() <= self._n_cancelled and kind is asyncio.CancelledError:
             raise self._why from None
@@ -68,9 +93,18 @@ class Wanted:
             self._why = why
             self._task.cancel()
 
-    def _on_gone(self, watch: "asyncio.Task[None]") -> None:
+    def _gone(self) -> None:
+        self.end(ClientGone())
+
+    def _on_end(self, watch: "asyncio.Task[None]") -> None:
         if not watch.cancelled() and watch.exception() is None:
-            self.end(ClientGone())
+            self._gone()
+
+
+def line_of(scope: Scope) -> Line | None:
+    """The connection of a request, if the server gives it."""
+    line: Line | None = scope.get("extensions", {}).get(LINE)
+    return line
 
 
 def _closing() -> Unavailable:

@@ -5,9 +5,12 @@ What is added:
 2. A client that stops reading is cut off, and what it asked for ends with it.
 3. A second request sent before the first is answered closes the connection: uvicorn would no longer notice that the
    client of the first one has left. Clients have long stopped doing this.
+4. Requests get their connection (`brigade.serve.life.Line`): it writes a piece of a stream, and tells of a client that
+   leaves, in a fraction of the time that ASGI's messages take.
 """
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -16,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from brigade.serve.config import Limits
 from brigade.serve.errors import ApiError, error_body
+from brigade.serve.life import LINE
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -29,6 +33,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._gone: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,6 +43,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
+        self._tell_gone()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -45,6 +51,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._in_head and self._head_bytes > self.limits.head_bytes and not self.transport.is_closing():
             self._refuse(ApiError(431, f"the request's headers are larger than {self.limits.head_bytes} bytes"))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {LINE: self}  # type: ignore[dict-item]
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -62,6 +72,28 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if not self.transport.is_closing():
             self._expect_head()
+
+    def write(self, piece: bytes) -> bool:
+        """As a Line."""
+        cycle = self.cycle
+        if self.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return True
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """As a Line."""
+        self._gone = gone
+        if self.cycle.disconnected:
+            self.loop.call_soon(self._tell_gone)
+
+    def unwatch(self) -> None:
+        """As a Line."""
+        self._gone = None
+
+    def _tell_gone(self) -> None:
+        if self._gone is not None:
+            self._gone()
 
     def pause_writing(self) -> None:
         super().pause_writing()

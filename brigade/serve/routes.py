@@ -202,7 +202,7 @@ class Routes:
 
         if asked.stream:
             return EventStream(start, form, asked.wants_usage_event, self._life, trace)
-        async with Wanted(request.receive, self._life):
+        async with Wanted(request.scope, request.receive, self._life):
             answer = await start()
             try:
                 await answer.finish()

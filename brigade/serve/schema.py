@@ -43,7 +43,7 @@ class Request(BaseModel):
     @classmethod
     def _no_unknown_field(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            unknown = next((key for key in value if key not in cls.model_fields), None)
+            unknown = next((key for key in value if key not in cls.__pydantic_fields__), None)
             if unknown is not None:
                 raise PydanticCustomError("unknown_field", "unknown", {"field": unknown[:100]})
         return value

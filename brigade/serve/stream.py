@@ -10,7 +10,7 @@ from brigade.engine.output import EngineError
 from brigade.serve.answer import Answer
 from brigade.serve.errors import ClientGone, api_error, error_body
 from brigade.serve.formats import Format
-from brigade.serve.life import Life, Wanted
+from brigade.serve.life import Life, Line, Wanted, line_of
 from brigade.serve.tracer import RequestTrace
 
 DONE = b"data: [DONE]\n\n"
@@ -53,10 +53,10 @@ class EventStream:
         answer: Answer | None = None
         try:
             try:
-                async with Wanted(receive, self._life):
+                async with Wanted(scope, receive, self._life):
                     answer = await self._start()
                     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                    last = await self._write(answer, send)
+                    last = await self._write(answer, send, line_of(scope))
             except EngineError as e:
                 if answer is None:
                     raise
@@ -70,11 +70,11 @@ class EventStream:
             self._trace.end("stream")
             self._trace.over()
 
-    async def _write(self, answer: Answer, send: Send) -> bytes:
+    async def _write(self, answer: Answer, send: Send, line: Line | None) -> bytes:
         """Send all events but the last ones, which are returned. Raises EngineError if the engine fails on the way."""
         form, trace = self._form, self._trace
         if opening := _events(form.opening()):
-            await _send(send, opening)
+            await _send(send, line, opening)
         async with aclosing(answer.deltas()) as deltas:
             trace.end("stream")
             async for i, delta in deltas:
@@ -83,10 +83,11 @@ class EventStream:
                 if answer.complete:
                     break
                 if said:
-                    await _send(send, said)
+                    await _send(send, line, said)
                 trace.end("stream")
         return said + (event(form.usage(answer)) if self._with_usage else b"") + DONE
 
 
-async def _send(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
+async def _send(send: Send, line: Line | None, data: bytes) -> None:
+    if line is None or not line.write(data):
+        await send({"type": "http.response.body", "body": data, "more_body": True})

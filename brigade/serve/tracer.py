@@ -212,7 +212,7 @@ class TraceReply:
             # Something must go out, or a proxy would hold the headers back: white space may stand before JSON.
             await send({"type": "http.response.body", "body": b" ", "more_body": True})
             try:
-                async with Wanted(receive, self._life):
+                async with Wanted(scope, receive, self._life):
                     body = msgspec.json.encode(await self._tracer.finish(self._engine, self._asked.seconds, self._life))
             except EngineError as e:
                 body = msgspec.json.encode(error_body(api_error(e)))
