@@ -3,6 +3,7 @@
 `python -m brigade.engine.loop FD` speaks on an inherited socket. The process ends when the other side closes it.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -62,6 +63,8 @@ from brigade.engine.worker import Worker, Wrote, stop_ids
 from brigade.model.sampling import BROKEN, Choice
 
 log = logging.getLogger("brigade.worker")
+
+_PR_SET_PDEATHSIG = 1
 
 Run = Callable[..., Any]
 Told = TypeVar("Told", Start, Form)
@@ -423,9 +426,17 @@ def _progress(channel: "Channel[ToWorker]") -> Callable[[int, int], None]:
     return tell
 
 
+def _end_with_parent() -> None:
+    """Have the system end this process when its parent has ended: one that stands still, or is inside a long step, does
+    not see that its channel was closed. Elsewhere than on Linux the channel must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(fd: int) -> int:
     """The worker process. Exit code 0 when told to end, 2 when the model cannot be loaded."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the channel when it is done
+    _end_with_parent()
     logging.basicConfig(level=os.environ.get("BRIGADE_LOG_LEVEL", "WARNING"), stream=sys.stderr)
     channel: Channel[ToWorker] = Channel(socket.socket(fileno=fd), ToWorker)
     try:

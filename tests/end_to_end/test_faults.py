@@ -124,9 +124,10 @@ def test_a_signal_lets_running_requests_finish_and_refuses_new_ones() -> None:
         assert server.process.wait(10) == 0
 
 
-def test_the_worker_leaves_when_the_server_is_killed() -> None:
+def test_the_worker_leaves_when_the_server_is_killed_also_while_it_stands_still() -> None:
     with serving() as server:
         family = server.family()
+        server.worker.suspend()
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
         _, alive = psutil.wait_procs(family, timeout=5)
