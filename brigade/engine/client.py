@@ -202,6 +202,11 @@ class Engine:
         return self._keeper.n_restarts
 
     @property
+    def quiet(self) -> float:
+        """Seconds since its quietest rank was heard."""
+        return self._keeper.pulse.quiet()
+
+    @property
     def up(self) -> bool:
         """Whether requests can be given to its ranks now."""
         return self._keeper.up.is_set() and self._unit is not None and not self._closed

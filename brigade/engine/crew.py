@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("brigade.fleet")
 
+QUIET = 2.0
+"""Seconds. A unit with a rank that has said nothing for longer gets no new requests while there are others: it may be
+in a long step, or stand still, which is certain only at its step deadline."""
 FORCE = "; with force, its requests wait, and fail when none has come in time"
 
 
@@ -187,10 +190,12 @@ class Crew:
         return [m.duty for m in self.members]
 
     def _able(self, side: Side) -> dict[int, Role]:
-        """Ranks that can be had for a side now, and what they do: those of units that are well, if there are any."""
+        """Ranks that can be had for a side now, and what they do: those of units that are well, if there are any; of
+        these, those that were heard just now."""
         doing = {m: m.duty for m in self.members}
         there = {m for m, duty in doing.items() if side in duty.sides and duty.up}
         there = {m for m in there if m.engine.health().ready} or there
+        there = {m for m in there if m.engine.quiet < QUIET} or there
         if side == "prefill":  # prompts that wait for room which is kept for such prompts could wait for ever
             there = {m for m in there if not m.holds_room} or there
         return {i: _role_of(doing[m]) for i, (m, _) in enumerate(self._at) if m in there}

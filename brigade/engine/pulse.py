@@ -81,6 +81,10 @@ class Pulse:
             return f"{self.who(quietest)} has not answered for {silent:.0f} s"
         return ""
 
+    def quiet(self) -> float:
+        """Seconds since the rank was heard that has said nothing for longest."""
+        return time.monotonic() - min(self._heard)
+
     def every(self) -> float:
         """Seconds between two rounds of `silent`."""
         return min(PING_EVERY, self._config.step_deadline / 4)
