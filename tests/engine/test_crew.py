@@ -14,13 +14,10 @@ from brigade.engine.fleet import Fleet
 from brigade.engine.fleet_config import FleetConfig
 from brigade.engine.output import NotAllowed, Unavailable, UnknownUnit
 from tests.engine.asking import until
-from tests.engine.test_fleet import GREEDY, LONG, all_pages_are_back, ask_all, pids, running, said, some_prompts, unit
-from tests.engine.test_fleet import alone as alone
+from tests.scenarios.fleets import all_pages_are_back, ask_all, pids, running, said, unit
+from tests.scenarios.one_rank import GREEDY, LONG, PROMPTS, says
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-Says = dict[tuple[int, ...], list[list[int]]]
-PROMPTS = some_prompts(9)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -54,31 +51,31 @@ async def started_at_once(fleet: Fleet, prompts: list[list[int]]) -> list[asynci
     return answers
 
 
-async def test_units_of_all_roles_share_the_work_and_say_the_same(fleet: Fleet, alone: Says) -> None:
-    assert await ask_all(fleet, PROMPTS, GREEDY) == [alone[tuple(p)][0] for p in PROMPTS]
+async def test_units_of_all_roles_share_the_work_and_say_the_same(fleet: Fleet) -> None:
+    assert await ask_all(fleet, PROMPTS, GREEDY) == [says(p, GREEDY) for p in PROMPTS]
     answers = await started_at_once(fleet, PROMPTS)
     assert all(m.parts for m in fleet.crew.members if m.role != "prefill"), "both take requests"
-    assert await asyncio.gather(*answers) == [alone[tuple(p)][1] for p in PROMPTS]
+    assert await asyncio.gather(*answers) == [says(p) for p in PROMPTS]
     assert fleet.transfers["fetched"]
 
 
-async def test_a_mixed_unit_that_is_killed_leaves_its_requests_to_the_others(fleet: Fleet, alone: Says) -> None:
+async def test_a_mixed_unit_that_is_killed_leaves_its_requests_to_the_others(fleet: Fleet) -> None:
     answers = await started_at_once(fleet, PROMPTS)
     os.kill(pids(fleet, "mixed")[0], signal.SIGKILL)
-    assert await asyncio.wait_for(asyncio.gather(*answers), 60) == [alone[tuple(p)][1] for p in PROMPTS]
+    assert await asyncio.wait_for(asyncio.gather(*answers), 60) == [says(p) for p in PROMPTS]
 
 
-async def test_prompts_are_computed_by_a_mixed_unit_while_the_prefill_unit_is_gone(fleet: Fleet, alone: Says) -> None:
+async def test_prompts_are_computed_by_a_mixed_unit_while_the_prefill_unit_is_gone(fleet: Fleet) -> None:
     os.kill(pids(fleet, "prefill")[0], signal.SIGKILL)
     n = fleet.transfers["fetched"]
-    assert await asyncio.wait_for(ask_all(fleet, PROMPTS, GREEDY), 60) == [alone[tuple(p)][0] for p in PROMPTS]
+    assert await asyncio.wait_for(ask_all(fleet, PROMPTS, GREEDY), 60) == [says(p, GREEDY) for p in PROMPTS]
     assert fleet.transfers["fetched"] > n
 
 
 # Draining ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_drained_unit_finishes_what_it_has_and_gets_nothing_new(fleet: Fleet, alone: Says) -> None:
+async def test_a_drained_unit_finishes_what_it_has_and_gets_nothing_new(fleet: Fleet) -> None:
     answers = await started_at_once(fleet, PROMPTS)
     drained = member(fleet, "decode-0")
     assert drained.parts
@@ -87,30 +84,30 @@ async def test_a_drained_unit_finishes_what_it_has_and_gets_nothing_new(fleet: F
     old = set(drained.parts)
     answers += await started_at_once(fleet, PROMPTS[:4])
     assert set(drained.parts) <= old
-    assert await asyncio.gather(*answers) == [alone[tuple(p)][1] for p in PROMPTS + PROMPTS[:4]]
+    assert await asyncio.gather(*answers) == [says(p) for p in PROMPTS + PROMPTS[:4]]
     assert drained.told.state == "drained"
     assert fleet.health().ready
     assert fleet.crew.undrain("decode-0").state == "serving"
 
 
-async def test_a_drained_unit_is_started_again_and_takes_work(fleet: Fleet, alone: Says) -> None:
+async def test_a_drained_unit_is_started_again_and_takes_work(fleet: Fleet) -> None:
     before = set(pids(fleet, "decode"))
     answers = await started_at_once(fleet, PROMPTS)
     assert fleet.crew.drain("decode-0", restart=True).state in ("draining", "restarting")
-    assert await asyncio.gather(*answers) == [alone[tuple(p)][1] for p in PROMPTS]
+    assert await asyncio.gather(*answers) == [says(p) for p in PROMPTS]
     assert await until(lambda: member(fleet, "decode-0").told.state == "restarting", 5)
     with pytest.raises(NotAllowed, match="decode-0 is being started again"):
         fleet.crew.undrain("decode-0")
-    assert await ask_all(fleet, PROMPTS, GREEDY) == [alone[tuple(p)][0] for p in PROMPTS]
+    assert await ask_all(fleet, PROMPTS, GREEDY) == [says(p, GREEDY) for p in PROMPTS]
     assert await until(lambda: member(fleet, "decode-0").told.state == "serving", 20)
     assert not before & set(pids(fleet, "decode"))
 
 
-async def test_a_unit_that_is_lost_while_it_is_drained_is_empty_and_stays_drained(fleet: Fleet, alone: Says) -> None:
+async def test_a_unit_that_is_lost_while_it_is_drained_is_empty_and_stays_drained(fleet: Fleet) -> None:
     answers = await started_at_once(fleet, PROMPTS)
     fleet.crew.drain("decode-0")
     os.kill(pids(fleet, "decode")[0], signal.SIGKILL)
-    assert await asyncio.wait_for(asyncio.gather(*answers), 60) == [alone[tuple(p)][1] for p in PROMPTS]
+    assert await asyncio.wait_for(asyncio.gather(*answers), 60) == [says(p) for p in PROMPTS]
     assert await until(lambda: member(fleet, "decode-0").engine.up, 20)
     assert member(fleet, "decode-0").told.state == "drained"
     fleet.crew.undrain("decode-0")
@@ -145,23 +142,23 @@ async def test_a_unit_that_does_not_exist_is_told_with_those_that_do(fleet: Flee
 # Roles ---------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_unit_changes_its_role_when_it_has_finished_what_the_old_one_does(fleet: Fleet, alone: Says) -> None:
+async def test_a_unit_changes_its_role_when_it_has_finished_what_the_old_one_does(fleet: Fleet) -> None:
     answers = await started_at_once(fleet, PROMPTS)
     assert fleet.crew.set_role("decode-0", "prefill").state == "changing"
     assert member(fleet, "decode-0").role == "decode"
-    assert await asyncio.gather(*answers) == [alone[tuple(p)][1] for p in PROMPTS]
+    assert await asyncio.gather(*answers) == [says(p) for p in PROMPTS]
     assert member(fleet, "decode-0").role == "prefill"
     with pytest.raises(NotAllowed, match="mixed-0 is the last unit that decodes"):
         fleet.crew.set_role("mixed-0", "prefill")
     fleet.crew.set_role("mixed-0", "decode")
     n = fleet.transfers["fetched"]
-    assert await ask_all(fleet, PROMPTS, GREEDY) == [alone[tuple(p)][0] for p in PROMPTS]
+    assert await ask_all(fleet, PROMPTS, GREEDY) == [says(p, GREEDY) for p in PROMPTS]
     assert fleet.transfers["fetched"] == n + len(PROMPTS), "no unit does both now"
     fleet.crew.set_role("mixed-0", "mixed")
     fleet.crew.set_role("decode-0", "decode")
 
 
-async def test_roles_that_change_all_the_time_change_no_text(fleet: Fleet, alone: Says) -> None:
+async def test_roles_that_change_all_the_time_change_no_text(fleet: Fleet) -> None:
     rng = random.Random(4)
     answers = [asyncio.create_task(ask_all(fleet, PROMPTS, LONG)) for _ in range(3)]
     while not all(a.done() for a in answers):
@@ -173,7 +170,7 @@ async def test_roles_that_change_all_the_time_change_no_text(fleet: Fleet, alone
         finally:
             await asyncio.sleep(0.05)
     for answer in answers:
-        assert await answer == [alone[tuple(p)][1] for p in PROMPTS]
+        assert await answer == [says(p) for p in PROMPTS]
     for name in ("mixed-0", "prefill-0", "decode-0"):
         fleet.crew.set_role(name, name.partition("-")[0], force=True)  # type: ignore[arg-type]
 
@@ -181,11 +178,11 @@ async def test_roles_that_change_all_the_time_change_no_text(fleet: Fleet, alone
 # One unit ------------------------------------------------------------------------------------------------------------
 
 
-async def test_requests_of_a_unit_alone_go_on_when_a_rank_is_lost(alone: Says) -> None:
+async def test_requests_of_a_unit_alone_go_on_when_a_rank_is_lost() -> None:
     async with running(FleetConfig.alone(unit("mixed-0", ranks=2).engine)) as fleet:
         answers = await started_at_once(fleet, PROMPTS)
         os.kill(pids(fleet, "mixed")[0], signal.SIGKILL)
-        assert await asyncio.wait_for(asyncio.gather(*answers), 60) == [alone[tuple(p)][1] for p in PROMPTS]
+        assert await asyncio.wait_for(asyncio.gather(*answers), 60) == [says(p) for p in PROMPTS]
         assert await all_pages_are_back(fleet)
         with pytest.raises(NotAllowed, match="mixed-0 is the only unit"):
             fleet.crew.set_role("mixed-0", "decode", force=True)

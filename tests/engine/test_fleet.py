@@ -1,99 +1,28 @@
 """Prompts computed by one unit and continued by another say what one rank says, and nothing is left behind."""
 
 import asyncio
-import contextlib
 import os
 import random
+import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import pytest
 import pytest_asyncio
 
-from brigade import Brigade, SamplingParams
 from brigade.comm.kv.nixl import installed
+from brigade.core.handover import Deadlines
 from brigade.engine import fleet_start, handing
-from brigade.engine.config import DEMO_MODEL, EngineConfig
 from brigade.engine.fleet import Fleet
 from brigade.engine.fleet_config import FleetConfig, UnitConfig
-from brigade.engine.generation import Generation
-from brigade.engine.output import LoadError, Unobserved
-from brigade.spec.config import read_spec
+from brigade.engine.keeper import Keeper
+from brigade.engine.messages import Loading
+from brigade.engine.output import LoadError, Unavailable, Unobserved
 from tests.engine.asking import until
 from tests.engine.conftest import workers
-
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-LONG = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
-DRAWN = SamplingParams(temperature=0.9, max_tokens=24, seed=5, presence_penalty=0.4, ignore_eos=True)
-MANY = [5 + i % 700 for i in range(800)]
-
-
-def some_prompts(n: int, seed: int = 7) -> list[list[int]]:
-    """Of very different lengths; some begin alike."""
-    rng, vocab = random.Random(seed), read_spec(DEMO_MODEL).vocab
-    prompts = [[rng.randrange(5, vocab) for _ in range(rng.choice((1, 2, 9, 40, 70, 150)))] for _ in range(n)]
-    return [*prompts, [*prompts[-1], 5, 6, 7], [*prompts[0], 8, 9], prompts[-1]]
-
-
-@pytest.fixture(scope="module")
-def alone() -> dict[tuple[int, ...], list[list[int]]]:
-    """What one rank says to every prompt: greedy, long and drawn."""
-    prompts = some_prompts(9) + [[5 + i, 6, 7] for i in range(6)] + [MANY]
-    with Brigade(max_step_tokens=64) as model:
-        says = [[c.token_ids for c in model.generate(prompts, params)] for params in (GREEDY, LONG, DRAWN)]
-    return {tuple(p): [row[i] for row in says] for i, p in enumerate(prompts)}
-
-
-BASE = EngineConfig(max_step_tokens=64, max_running=16, rank_deadline=20)
-
-
-def unit(name: str, **engine: int) -> UnitConfig:
-    """`name`: of its role, and a number."""
-    role = name.partition("-")[0]
-    return UnitConfig(name=name, role=role, engine=replace(BASE, **engine))  # type: ignore[arg-type]
-
-
-def config(prefill: dict[str, int] | None = None, decode: dict[str, int] | None = None, **fleet: object) -> FleetConfig:
-    units = unit("prefill-0", **(prefill or {})), unit("decode-0", **(decode or {}))
-    return FleetConfig(units=units, **fleet)  # type: ignore[arg-type]
-
-
-@contextlib.asynccontextmanager
-async def running(config: FleetConfig) -> AsyncIterator[Fleet]:
-    before = workers()
-    fleet = await Fleet.start(config)
-    try:
-        yield fleet
-    finally:
-        await fleet.close()
-        assert workers() <= before
-
-
-async def said(generation: Generation) -> list[int]:
-    return [t async for delta in generation for t in delta.tokens]
-
-
-async def ask_all(fleet: Fleet, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
-    generations = []
-    for prompt in prompts:
-        generations.append(await fleet.submit(prompt, params))
-        await asyncio.sleep(random.choice((0, 0, 0.01)))
-    return list(await asyncio.gather(*map(said, generations)))
-
-
-async def all_pages_are_back(fleet: Fleet, seconds: float = 5) -> bool:
-    return await until(lambda: not fleet.stats().pages_used and not fleet.stats().running, seconds)
-
-
-def pids(fleet: Fleet, role: str) -> list[int]:
-    return [
-        process.pid
-        for member in fleet.crew.members
-        if member.role == role and member.engine._unit is not None
-        for host in member.engine._unit.hosts
-        for process in host.processes.values()  # type: ignore[attr-defined]
-    ]
+from tests.scenarios.fleets import all_pages_are_back, ask_all, config, pids, running, said, unit
+from tests.scenarios.one_rank import ALL, DRAWN, GREEDY, LONG, says
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -103,26 +32,20 @@ async def pair() -> AsyncIterator[Fleet]:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_greedy_and_drawn_text_is_that_of_one_rank(
-    pair: Fleet, alone: dict[tuple[int, ...], list[list[int]]]
-) -> None:
-    prompts = some_prompts(9)
+async def test_greedy_and_drawn_text_is_that_of_one_rank(pair: Fleet) -> None:
     fetched = pair.transfers["fetched"]
-    assert await ask_all(pair, prompts, GREEDY) == [alone[tuple(p)][0] for p in prompts]
-    assert await ask_all(pair, prompts, DRAWN) == [alone[tuple(p)][2] for p in prompts]
-    assert pair.transfers["fetched"] - fetched == 2 * len(prompts)
+    for params in GREEDY, DRAWN:
+        assert await ask_all(pair, ALL, params) == [says(p, params) for p in ALL]
+    assert pair.transfers["fetched"] - fetched == 2 * len(ALL)
     assert not pair.transfers["computed"]
     assert await all_pages_are_back(pair)
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_one_token_and_stop_tokens_end_on_the_prefill_rank(
-    pair: Fleet, alone: dict[tuple[int, ...], list[list[int]]]
-) -> None:
-    prompt = some_prompts(9)[0]
-    want, n = alone[tuple(prompt)][0], pair.transfers["fetched"]
-    assert await said(await pair.submit(prompt, replace(GREEDY, max_tokens=1))) == want[:1]
-    assert await said(await pair.submit(prompt, replace(GREEDY, stop_token_ids=(want[0],)))) == want[:1]
+async def test_one_token_and_stop_tokens_end_on_the_prefill_rank(pair: Fleet) -> None:
+    want, n = says(ALL[0], GREEDY), pair.transfers["fetched"]
+    assert await ask_all(pair, ALL[:1], replace(GREEDY, max_tokens=1)) == [want[:1]]
+    assert await ask_all(pair, ALL[:1], replace(GREEDY, stop_token_ids=(want[0],))) == [want[:1]]
     assert pair.transfers["fetched"] == n
     assert await all_pages_are_back(pair)
 
@@ -173,51 +96,74 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(pair: Fleet
         generation.cancel()
 
     for _ in range(3):
-        await asyncio.gather(*(ask(p) for p in some_prompts(9)))
+        await asyncio.gather(*(ask(p) for p in ALL))
     assert await all_pages_are_back(pair)
     assert sum(pair.states().values()) == 0
 
 
-LAYOUTS = [
-    ({"ranks": 2, "micro_batches": 2}, {}, {}),
-    ({"depth": 2}, {"ranks": 2, "depth": 2}, {}),
-    ({}, {"max_running": 3, "kv_bytes": 2 << 20}, {"link": "tcp"}),
-    pytest.param(
-        *({"ranks": 2}, {}, {"link": "nixl"}),
-        marks=pytest.mark.skipif(not installed(), reason="nixl-cu12 is not installed"),
-    ),
-]
-
-
-@pytest.mark.parametrize(("prefill", "decode", "fleet"), LAYOUTS)
-async def test_no_layout_and_no_link_changes_the_text(
-    alone: dict[tuple[int, ...], list[list[int]]],
-    prefill: dict[str, int],
-    decode: dict[str, int],
-    fleet: dict[str, object],
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_request_that_no_unit_takes_is_told_so_at_its_deadline(
+    pair: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = [*some_prompts(9), MANY]
-    async with running(config(prefill, decode, **fleet)) as served:
-        assert await ask_all(served, prompts, GREEDY) == [alone[tuple(p)][0] for p in prompts]
-        assert await ask_all(served, prompts, GREEDY) == [alone[tuple(p)][0] for p in prompts]
-        assert served.transfers["fetched"]
+    monkeypatch.setattr(pair, "deadlines", Deadlines(queued=0.3))
+    pair.crew.drain("decode-0", force=True)
+    with pytest.raises(Unavailable, match=r"no unit could take the request within 0.3 s: no decode unit: none takes"):
+        await asyncio.wait_for(pair.submit(ALL[2], LONG), 3)
+    pair.crew.undrain("decode-0")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_request_waits_no_longer_for_a_prefill_unit_than_for_a_decode_unit(
+    pair: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn, may_start = Keeper.spawn, asyncio.Event()
+
+    async def later(self: Keeper, progress: Callable[[Loading], None]) -> None:
+        await may_start.wait()
+        await spawn(self, progress)
+
+    monkeypatch.setattr(Keeper, "spawn", later)
+    monkeypatch.setattr(pair, "deadlines", Deadlines(queued=0.5, prefilling=30))
+    os.kill(pids(pair, "prefill")[0], signal.SIGKILL)
+    assert await until(lambda: not pair.health().ready, 5)
+    failure = await asyncio.wait_for(said(await pair.submit(ALL[2], LONG)), 3)
+    assert re.search(r"no unit could take the request within 0.5 s: no .*prefill", str(failure))
+    may_start.set()
+    assert await until(lambda: pair.health().ready, 20)
+    assert await all_pages_are_back(pair)
+
+
+LAYOUTS = {
+    "all in one, two ranks": config(unit("mixed-0", ranks=2)),
+    "two ranks to one": config(unit("prefill-0", ranks=2, micro_batches=2), unit("decode-0")),
+    "one rank to two, another chunk": config(
+        unit("prefill-0", depth=2, max_step_tokens=24), unit("decode-0", ranks=2, depth=2)
+    ),
+    "little room, TCP": config(unit("prefill-0"), unit("decode-0", max_running=3, kv_bytes=2 << 20), link="tcp"),
+    "NIXL": config(unit("prefill-0", ranks=2), unit("decode-0"), link="nixl"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+async def test_no_layout_no_link_and_no_schedule_changes_the_text(layout: FleetConfig) -> None:
+    if layout.link == "nixl" and not installed():
+        pytest.skip("nixl-cu12 is not installed")
+    async with running(layout) as served:
+        for seed in range(3):  # what later rounds find in prefix caches is the same too
+            assert await ask_at_random(served, random.Random(seed)) == [says(p, GREEDY) for p in ALL]
+        assert bool(served.transfers["fetched"]) == (len(layout.units) > 1)
         assert await all_pages_are_back(served)
 
 
-@pytest.mark.parametrize("side", ["prefill", "decode"])
-async def test_a_rank_that_is_killed_costs_time_and_no_text(
-    alone: dict[tuple[int, ...], list[list[int]]], side: str
-) -> None:
-    prompts = [[5 + i, 6, 7] for i in range(6)] + some_prompts(9)
-    async with running(config()) as fleet:
-        generations = [await fleet.submit(p, LONG) for p in prompts]
-        answers = [asyncio.create_task(said(g)) for g in generations]
-        assert await until(lambda: fleet.states()["decoding"] >= 2, 10)
-        os.kill(pids(fleet, side)[0], signal.SIGKILL)
-        got = await asyncio.wait_for(asyncio.gather(*answers), 60)
-        assert got == [alone[tuple(p)][1] for p in prompts]
-        assert await all_pages_are_back(fleet)
-        assert fleet.health().ready
+async def ask_at_random(fleet: Fleet, rng: random.Random) -> list[list[int] | str]:
+    """ALL, in any order and with any gaps, beside clients that leave; the answers in the order of ALL."""
+    answers: dict[int, asyncio.Task[list[int] | str]] = {}
+    for i in rng.sample(range(len(ALL)), len(ALL)):
+        answers[i] = asyncio.create_task(said(await fleet.submit(ALL[i], GREEDY)))
+        leaves = await fleet.submit(rng.choice(ALL), LONG)
+        await asyncio.sleep(rng.choice((0, 0, 0.01, 0.05)))
+        leaves.cancel()
+    return [await answers[i] for i in range(len(ALL))]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +182,7 @@ def test_a_fleet_that_cannot_work_together_is_refused(units: tuple[UnitConfig, .
 async def test_a_unit_that_cannot_load_ends_the_others() -> None:
     before = workers()
     with pytest.raises(LoadError, match="kv"):
-        await Fleet.start(config({}, {"kv_bytes": 1}))
+        await Fleet.start(config(unit("prefill-0"), unit("decode-0", kv_bytes=1)))
     assert workers() <= before
 
 

@@ -26,10 +26,9 @@ from brigade.spec.layout import Host, Layout
 from tests.engine.asking import until
 from tests.engine.conftest import workers
 from tests.engine.hosting import SECRET, free_port, joining
-from tests.engine.test_fleet import GREEDY, LONG, all_pages_are_back, ask_all, said, some_prompts
-from tests.engine.test_fleet import alone as alone
+from tests.scenarios.fleets import all_pages_are_back, ask_all, said
+from tests.scenarios.one_rank import GREEDY, LONG, PROMPTS, says
 
-Says = dict[tuple[int, ...], list[list[int]]]
 PREFILL = Layout((Host("127.0.0.2", 1),))
 DECODE = Layout((Host("127.0.0.2", 1), Host("127.0.0.3", 1)))
 
@@ -85,10 +84,10 @@ async def hosted() -> AsyncIterator[Hosted]:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_text_is_that_of_one_rank(hosted: Hosted, alone: Says) -> None:
-    prompts, fleet = some_prompts(9), hosted.fleet
-    assert await ask_all(fleet, prompts, GREEDY) == [alone[tuple(p)][0] for p in prompts]
-    assert (fleet.transfers["fetched"], fleet.transfers["computed"]) == (len(prompts), 0)
+async def test_text_is_that_of_one_rank(hosted: Hosted) -> None:
+    fleet = hosted.fleet
+    assert await ask_all(fleet, PROMPTS, GREEDY) == [says(p, GREEDY) for p in PROMPTS]
+    assert (fleet.transfers["fetched"], fleet.transfers["computed"]) == (len(PROMPTS), 0)
     told = {unit.unit: unit.loads.n_ranks for unit in await fleet.expert_loads() if unit.loads}
     assert told == {"prefill-0": 1, "decode-0": 2}
     assert await all_pages_are_back(fleet)
@@ -105,16 +104,16 @@ async def test_no_secret_is_sent(hosted: Hosted) -> None:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_requests_go_on_when_a_host_was_lost_and_is_there_again(
-    hosted: Hosted, alone: Says, caplog: pytest.LogCaptureFixture
+    hosted: Hosted, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has ranks of both units: no prompt can be computed, and none of the other rank's steps be made, until then."""
-    prompts, fleet = [[5 + i, 6, 7] for i in range(6)], hosted.fleet
+    prompts, fleet = PROMPTS[:6], hosted.fleet
     answers = [asyncio.create_task(said(await fleet.submit(p, LONG))) for p in prompts]
     assert await until(lambda: fleet.states()["decoding"] >= 4, 10)
     await hosted.lose(1)
     assert await until(lambda: not fleet.health().ready, 3)
     hosted.join(1)
-    assert await asyncio.wait_for(asyncio.gather(*answers), 30) == [alone[tuple(p)][1] for p in prompts]
+    assert await asyncio.wait_for(asyncio.gather(*answers), 30) == [says(p) for p in prompts]
     assert await until(lambda: fleet.health().ready, 20)
     assert "host 127.0.0.2 (prefill-0: rank 0; decode-0: rank 0) is gone" in caplog.text
     assert "decode-0: lost and being replaced: rank 0: " in caplog.text
