@@ -10,10 +10,9 @@ from brigade.plan.rates import Calibration
 from brigade.plan.reasons import ROLES
 from brigade.plan.say import Say, say
 from brigade.plan.serving import Workload
-from brigade.plan.step import Step
+from brigade.plan.step import Step, Term
 from brigade.plan.units import Unit
 from brigade.spec.device import SOURCES, Device
-from brigade.spec.work import Op
 
 Text = Say | str
 TABLE = say("table of parameters")
@@ -105,10 +104,9 @@ def step_lines(step: Step, u: Unit, c: Calibration, phase: str) -> list[Line]:
     part = say("{role}: a {phase} step", role=ROLES[u.role], phase=ROLES[phase])
     factor = u.pool.factor(c, phase)
     lines = [
-        Line(part, say("{term} ({bound})", term=say(t.name), bound=say(t.bound)), f"{t.seconds * 1e3:.2f} ms{_work(t.op)}",
-             *FORMULAS[t.name])
+        Line(part, say("{term} ({bound})", term=say(t.name), bound=say(t.bound)), _time(t), *FORMULAS[t.name])
         for t in step.terms
-    ]  # fmt: skip
+    ]
     how = say("max(computing, sending) + hidden x min + host") if step.overlapped else say("computing + sending + host")
     return [
         *lines,
@@ -120,11 +118,12 @@ def step_lines(step: Step, u: Unit, c: Calibration, phase: str) -> list[Line]:
     ]  # fmt: skip
 
 
-def _work(op: Op) -> str:
-    """What the term's time is made of: products, and bytes of memory or of the link; of a half where two overlap."""
-    parts = [f"{op.flops / 1e12:.3g} TFLOP"] if op.flops else []
-    parts += [f"{(op.n_bytes + op.wire) / 1e9:.3g} GB"] if op.n_bytes + op.wire else []
-    return f" ({', '.join(parts)})" if parts else ""
+def _time(t: Term) -> str:
+    """A term's time, and its work: products, bytes of memory or of the link; of a half where two micro-batches run."""
+    parts = [f"{t.op.flops / 1e12:.3g} TFLOP"] if t.op.flops else []
+    n_bytes = t.op.n_bytes + t.op.wire
+    parts += [f"{n_bytes / 1e9:.3g} GB"] if n_bytes else []
+    return f"{t.seconds * 1e3:.2f} ms" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def memory_lines(u: Unit) -> list[Line]:
