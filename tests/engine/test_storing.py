@@ -30,6 +30,7 @@ from brigade.engine.messages import Abort, Add, Rouse, Stats, Step, StoreStats, 
 from brigade.engine.output import Unobserved
 from brigade.engine.pulse import added
 from brigade.engine.storing import Storing
+from brigade.engine.worker import Wrote
 from brigade.model.sampling import Choice
 from brigade.spec.sampling import SamplingParams
 from tests.engine.asking import ask
@@ -52,7 +53,7 @@ class WritingWorker(FakeWorker):
         super().add(rid, prompt, params)
         self.prompts[rid] = prompt
 
-    def run(self, plan: StepPlan, n: int = 1) -> dict[int, Choice]:
+    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
         cache = self.rows.memory.reshape(2, N_PAGES, PAGE, ROW)
         for s in plan.slices:
             for at, token in enumerate(s.tokens, s.start):
