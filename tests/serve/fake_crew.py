@@ -19,6 +19,7 @@ class IdleEngine:
         self.config, self.spec = EngineConfig(max_running=4, max_waiting=2), read_spec(DEMO_MODEL)
         self.ready = Ready(n_pages=64, page=16, max_context=256, notes=[])
         self.up = True
+        self.quiet = 0.0
         self.n_restarts = 0
         self.restarted = asyncio.Event()
 
