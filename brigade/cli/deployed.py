@@ -51,6 +51,7 @@ class Deployed:
             return EngineConfig(
                 model=str(self.model),
                 weights=self.what.weights,
+                drafts=self.what.drafts,
                 ranks=n_ranks,
                 **{key: value for key, value in given.items() if value is not None},
             )

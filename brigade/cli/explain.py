@@ -39,7 +39,7 @@ def explained(file: Path) -> "Explained":
 
     deployed = Deployed(file, read_deployment(file))
     try:
-        return explain_it(deployed, read_spec(deployed.model), this_machine())
+        return explain_it(deployed, read_spec(deployed.model, deployed.what.drafts), this_machine())
     except BadConfig as e:
         raise Fault(str(e), 2) from e
 

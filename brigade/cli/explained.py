@@ -140,6 +140,7 @@ def _values(deployed: Deployed, spec: ModelSpec) -> tuple[Value, ...]:
         Value("model", str(deployed.model), GIVEN if d.model else "not given: the bundled demo model"),
         Value("model name", deployed.served_name, "the folder's name; clients ask for it"),
         Value("architecture", spec.architecture, f"config.json: {spec.n_layers} layers{n_experts}"),
+        Value("drafts", str(d.drafts), GIVEN if "drafts" in d.given else _why_drafts(spec)),
         Value("weights", _kind(d) if d.weights != "auto" else "auto", why_weights + scaled),
         Value("listen", f"{d.listen[0]}:{d.listen[1]}", _why("listen" in d.given, "this machine only")),
         Value("clients' keys", *_key(deployed, d.api_key_file, "api_key_file", "only this machine can reach it")),
@@ -157,6 +158,12 @@ def _roles(d: Deployment) -> tuple[str, str]:
         return "change when told to", "change_roles not given"
     aim = f"prefill within {targets.prefill_seconds:g} s, room to decode within {targets.decode_seconds:g} s"
     return "change by waiting times", aim
+
+
+def _why_drafts(spec: ModelSpec) -> str:
+    if not spec.n_mtp:
+        return "not given: the model has no multi-token-prediction layer"
+    return "not given: the engine's default; the model has a multi-token-prediction layer, which could guess"
 
 
 def _why(given: bool, otherwise: str) -> str:
@@ -190,7 +197,7 @@ def _placed(spec: ModelSpec, kind: Units, layout: Layout) -> Placement | None:
     if spec.moe is None or layout.n_ranks > spec.moe.n_experts + kind.redundant_experts:
         return None
     return placement.initial(
-        spec.n_layers - spec.n_dense,
+        spec.n_moe,
         spec.moe.n_experts,
         n_slots=spec.moe.n_experts + kind.redundant_experts,
         n_ranks=layout.n_ranks,

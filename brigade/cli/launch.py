@@ -61,7 +61,7 @@ def read_launch(file: Path) -> Launch:
     """Read a deployment file and its secret. Raises Fault for what cannot be run."""
     deployed = Deployed(file, read_deployment(file))
     try:
-        spec = read_spec(deployed.model)
+        spec = read_spec(deployed.model, deployed.what.drafts)
     except BadConfig as e:
         raise Fault(str(e), 2) from e
     if problems := cannot_run(deployed, spec):

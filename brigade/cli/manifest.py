@@ -79,7 +79,7 @@ def objects(
 
     d = deployed.what
     try:
-        problems = cannot_run(deployed, read_spec(deployed.model))
+        problems = cannot_run(deployed, read_spec(deployed.model, deployed.what.drafts))
     except BadConfig as e:
         raise Fault(str(e), 2) from e
     if problems:

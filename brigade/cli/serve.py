@@ -77,6 +77,10 @@ def serve(
     max_step_tokens: Annotated[
         int, typer.Option(help="Tokens a step may compute: the size of a prefill chunk.")
     ] = _ENGINE.max_step_tokens,
+    drafts: Annotated[
+        int,
+        typer.Option(help="Tokens that the model's multi-token-prediction layer guesses in each step: 0 or 1."),
+    ] = _ENGINE.drafts,
     depth: Annotated[int, typer.Option(help="Steps in flight; 2 plans one while another runs.")] = _ENGINE.depth,
     ranks: Annotated[
         int, typer.Option(help="Worker processes: experts are spread over them, attention is data-parallel.")
@@ -139,6 +143,7 @@ def serve(
             max_running=max_running,
             max_waiting=max_waiting,
             max_step_tokens=max_step_tokens,
+            drafts=drafts,
             depth=depth,
             redundant_experts=redundant_experts,
             rebalance=rebalance,

@@ -31,7 +31,7 @@ def cut(plan: StepPlan, n: int) -> tuple[StepPlan, ...]:
     """A step as n micro-batches with about the same number of tokens, empty ones where there is too little to cut.
 
     They follow each other in the order of the slices, so a micro-batch may read pages that an earlier one fills. A
-    chunk is cut in two if no end of a slice is near the middle.
+    chunk is cut in two if no end of a slice is near the middle. A token and the drafts after it stay together.
     """
     if not 1 <= n <= MOST:
         raise ValueError(f"n: a step is cut into 1 to {MOST} micro-batches, not {n}")
@@ -45,7 +45,7 @@ def cut(plan: StepPlan, n: int) -> tuple[StepPlan, ...]:
             continue
         first = i if total - 2 * before < 2 * end - total else i + 1  # the nearer end of this slice
         off = min(total - 2 * before, 2 * end - total)
-        if 8 * off <= total or len(s.tokens) == 1:
+        if 8 * off <= total or len(s.tokens) == 1 or s.n_drafts:
             return StepPlan(plan.slices[:first]), StepPlan(plan.slices[first:])
         head, tail = _split(s, total // 2 - before)
         return StepPlan((*plan.slices[:i], head)), StepPlan((tail, *plan.slices[i + 1 :]))

@@ -41,6 +41,8 @@ class Request:
     """Positions at its beginning that a store below memory may have. It is asked once, so this is 0 afterwards."""
     n_stored: int = 0
     """Of `n_cached`, those that came from there."""
+    drafted: bool = False
+    """Whether a guess was made here at what follows its last token."""
 
     def __post_init__(self) -> None:
         if not self.tokens or self.max_new < 1:
@@ -54,8 +56,16 @@ class Request:
 
     @property
     def todo(self) -> int:
-        """Positions that could run now. The last new token is never fed back, so it needs no position."""
-        return min(len(self.tokens) + self.inflight, self.n_prompt + self.max_new - 1) - self.done
+        """Positions that could run now. The last new token is never fed back, so it needs no position.
+
+        None while drafted ones are being checked: what comes after them is not known yet.
+        """
+        return max(min(len(self.tokens) + self.inflight, self.most) - self.done, 0)
+
+    @property
+    def most(self) -> int:
+        """Positions that it needs if no stop id ends it."""
+        return self.n_prompt + self.max_new - 1
 
     @property
     def finish(self) -> Finish | None:

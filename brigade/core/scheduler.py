@@ -18,6 +18,9 @@ A request whose beginning lies in a store below memory (`stored`) does this betw
 1. plan takes pages for what is stored, and names them in `filling.begun`; they are filled behind the steps.
 2. filled says how far that came: it runs on from there, or waits again to be computed.
 
+With `drafts`, each step guesses what follows the tokens it samples, and the next one runs the guesses after the last
+token: those that are what the model says are further tokens of that step. Until commit, `done` counts all of them.
+
 undo takes back plans that will never be run, newest first, as if they had not been made.
 
 plan() may be called again before commit(): steps run in plan order, so a plan relies on earlier plans, not on results.
@@ -35,6 +38,8 @@ _ADOPTED = -1
 """Where a request began whose pages were filled from elsewhere: no plan of this rank has its beginning."""
 LAST = -1
 """Stands for "the token you sampled last for this request", which the planner does not know yet."""
+DRAFT = -2
+"""Stands for "what you guess to come next"; several of them for the first guess, the second, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,11 @@ class Slice:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+    @property
+    def n_drafts(self) -> int:
+        """Guesses at its end. Each is run, so that the tokens after it are known if it is right."""
+        return self.tokens.count(DRAFT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +92,17 @@ class Scheduler:
 
     `share_answers` False is for models that compute the rows before a slice's prompt_end in their own way: then only
     those are found by other requests, and the next turn of a chat computes the last answer once more, as a prompt.
+
+    `drafts`: guesses that a step checks for each request, if there is room.
     """
 
-    def __init__(self, pool: PagePool, *, max_step_tokens: int, max_running: int, share_answers: bool = True) -> None:
+    def __init__(
+        self, pool: PagePool, *, max_step_tokens: int, max_running: int, share_answers: bool = True, drafts: int = 0
+    ) -> None:
         if max_step_tokens < 1 or max_running < 1:
             raise ValueError("max_step_tokens and max_running must be at least 1")
         self.pool, self.max_step_tokens, self.max_running = pool, max_step_tokens, max_running
-        self.share_answers = share_answers
+        self.share_answers, self.drafts = share_answers, drafts
         self.waiting: list[Request] = []
         """In the order in which they are admitted; those that were preempted before others of their priority."""
         self.running: list[Request] = []
@@ -101,6 +115,8 @@ class Scheduler:
         self._spoilt: set[int] = set()
         """Those that found pages in the cache which were then never computed."""
         self.n_preempted = 0
+        self.n_drafted = self.n_accepted = 0
+        """Guesses that were checked, and those of them that were right."""
 
     @property
     def busy(self) -> bool:
@@ -190,23 +206,36 @@ class Scheduler:
             n_behind -= 1
             n = min(req.todo, budget, max(budget - n_behind, 1))
             if n and req in self.running and self._grow(req, n):
-                slices.append(self._slice(req, n))
-                budget -= n
+                slices.append(self._slice(req, n, self._add_drafts(req, n, budget - n - n_behind)))
+                budget -= len(slices[-1].tokens)
         if self.n_preempted == n_preempted:  # pages just ran out: admitting now would only preempt again
             while budget and (new := self._admit(budget)):
                 slices.append(new)
                 budget -= len(new.tokens)
         return StepPlan(tuple(slices))
 
-    def commit(self, plan: StepPlan, new: Mapping[int, int]) -> list[Request]:
-        """Take the tokens that `plan` sampled; returns the requests that are finished. Their pages stay held."""
+    def commit(self, plan: StepPlan, new: Mapping[int, Sequence[int]]) -> list[Request]:
+        """Take the tokens that `plan` sampled; returns the requests that are finished. Their pages stay held.
+
+        `new`: of each request the token after its last one, then those after the guesses that were right. Those after
+        one that ends the request are not taken.
+        """
         finished = []
         for s in plan.slices:
             req = self.live.get(s.rid)
             if req is None or not s.sample:  # None: it finished or was aborted while this step ran
                 continue
             req.inflight -= 1
-            req.tokens.append(new[s.rid])
+            n_before = len(req.tokens)
+            for token in new[s.rid]:
+                req.tokens.append(token)
+                if req.finish:
+                    break
+            req.drafted = self.drafts > 0
+            if s.n_drafts:
+                self.n_drafted += s.n_drafts
+                self.n_accepted += max(len(req.tokens) - n_before - 1, 0)
+                self._drop_rejected(req)
             if req.finish:
                 req.done = min(req.done, len(req.tokens) - 1)  # a plan ahead may have its last token, and may be undone
                 self._forget(req)
@@ -342,12 +371,33 @@ class Scheduler:
         req.pages += pages
         return True
 
-    def _slice(self, req: Request, n: int) -> Slice:
+    def _add_drafts(self, req: Request, n: int, budget: int) -> int:
+        """How many guesses are run after its next n tokens, with pages for them. Nobody has to go for their sake."""
+        end = req.done + n
+        n_drafts = min(self.drafts, budget, req.most - end)
+        if n_drafts <= 0 or not req.drafted or req.inflight or end < len(req.tokens):
+            return 0
+        need = self._n_pages(end + n_drafts) - len(req.pages)
+        pages = self.pool.take(need, spare=self._n_taken) if need > 0 else []
+        if pages is None:
+            return min(n_drafts, len(req.pages) * self.pool.page - end)
+        req.pages += pages
+        return n_drafts
+
+    def _drop_rejected(self, req: Request) -> None:
+        """Go on after its last known token. Positions beyond hold what was guessed in vain."""
+        req.done = min(req.done, len(req.tokens) - 1)
+        keep = self._n_pages(req.done)
+        self.pool.release(req.pages[keep:])
+        del req.pages[keep:]
+
+    def _slice(self, req: Request, n: int, n_drafts: int = 0) -> Slice:
         start, req.done = req.done, req.done + n
         sample = req.done == len(req.tokens) + req.inflight
         known = req.tokens[start : req.done]
-        tokens = (*known, *[LAST] * (n - len(known)))
+        tokens = (*known, *[LAST] * (n - len(known)), *[DRAFT] * n_drafts)
         self._publish(req)
+        req.done += n_drafts
         req.inflight += sample
         return Slice(req.rid, tokens, start, tuple(req.pages), sample, self._prompt_end(req))
 

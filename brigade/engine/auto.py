@@ -88,7 +88,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, machine: Machine, dtype_name:
         raise ValueError(
             f"kv_bytes (--kv-memory) is {config.kv_bytes}, but {machine.free_bytes} bytes are free after the weights"
         )
-    page_bytes = spec.n_layers * config.page * spec.kv_width * BYTES[dtype_name]
+    page_bytes = spec.n_blocks * config.page * spec.kv_width * BYTES[dtype_name]
     pages_each = -(-wanted // config.page)
     budget = config.kv_bytes or machine.free_bytes // 4
     n_pages = budget // page_bytes

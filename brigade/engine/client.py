@@ -82,7 +82,7 @@ class Engine:
         """Reads the small files of the checkpoint. Raises LoadError."""
         folder = Path(config.model)
         try:
-            self.spec = read_spec(folder)
+            self.spec = read_spec(folder, config.drafts)
             self.tokenizer = Tokenizer(folder)
             generation = folder / "generation_config.json"
             self.generation: dict[str, Any] = read_json(generation) if generation.exists() else {}

@@ -50,6 +50,9 @@ class EngineConfig:
     """Requests that may wait beyond the running ones before new ones are refused."""
     max_step_tokens: int = 512
     """Tokens a step may compute: the size of a prefill chunk and so the longest pause of a running decode."""
+    drafts: int = 0
+    """Tokens that the checkpoint's multi-token-prediction layer guesses for each request in a step, for the next one to
+    check: 0 or 1. Right guesses are more tokens a step, wrong ones cost their rows; text stays the same."""
     depth: int = 1
     """Steps in flight: 1 waits for each step; 2 plans the next one while a step runs."""
     ranks: int = 1
@@ -82,6 +85,7 @@ class EngineConfig:
             ("max_running", 1, 4096),
             ("max_waiting", 0, 1 << 20),
             ("max_step_tokens", 1, 1 << 20),
+            ("drafts", 0, 1),
             ("depth", 1, 4),
             ("ranks", 1, 1024),
             ("redundant_experts", 0, 4096),
@@ -111,9 +115,15 @@ class EngineConfig:
             raise ValueError(f"wire must be auto, bf16, int8 or fp8, not {self.wire!r}")
         if self.micro_batches == 2 and self.ranks == 1:
             raise ValueError("micro_batches is 2, but one rank waits for no other; leave it at 0 or 1")
-        if self.max_step_tokens < self.max_running:
+        if self.drafts and self.depth > 1:
             raise ValueError(
-                "max_step_tokens must be at least max_running, or some running requests would never advance"
+                f"depth {self.depth} plans steps whose tokens are not known yet, but with drafts their number is not "
+                "known either; leave depth at 1, or drafts at 0"
+            )
+        if self.max_step_tokens < self.max_running * (1 + self.drafts):
+            times = f" times {1 + self.drafts}, with drafts {self.drafts}" if self.drafts else ""
+            raise ValueError(
+                f"max_step_tokens must be at least max_running{times}, or some running requests would never advance"
             )
 
 

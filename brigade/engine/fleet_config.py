@@ -38,7 +38,7 @@ class FleetConfig:
             raise ValueError("a fleet needs at least one prefill unit and one decode unit, or a mixed one")
         first = self.units[0].engine
         for unit in self.units:
-            for name in ("model", "dtype", "weights", "page"):
+            for name in ("model", "dtype", "weights", "page", "drafts"):
                 a, b = getattr(first, name), getattr(unit.engine, name)
                 if a != b:
                     raise ValueError(f"{name} must be the same in all units of a fleet, not {a!r} and {b!r}")

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -108,7 +108,7 @@ class Loop:
         """The last wake call heard before this rank asked for another one."""
         self.asleep = membership is None
         """A unit that was just formed is awake: any of its ranks may have requests."""
-        self.pending: deque[tuple[StepPlan, Future[dict[int, Choice]]]] = deque()
+        self.pending: deque[tuple[StepPlan, Future[dict[int, list[Choice]]]]] = deque()
         self.n_steps = 0
         self._behind = ThreadPoolExecutor(1) if depth > 1 else None
         self._lost: PeerLost | None = None
@@ -132,6 +132,9 @@ class Loop:
         except ChannelClosed:
             return
         finally:
+            n, right = self.scheduler.n_drafted, self.scheduler.n_accepted
+            if n:
+                log.info("%d of %d drafts were right (%.0f %%)", right, n, 100 * right / n)
             if self._behind:
                 self._behind.shutdown()
             if self.worker.mover:
@@ -297,7 +300,7 @@ class Loop:
         self._ways.clear()
         self._times.clear()
 
-    def _run(self, plan: StepPlan, n: int, wrote: Wrote | None) -> dict[int, Choice]:
+    def _run(self, plan: StepPlan, n: int, wrote: Wrote | None) -> dict[int, list[Choice]]:
         """A step after one that was given up would compute from what that one left out."""
         if self._lost is not None:
             raise self._lost
@@ -311,16 +314,18 @@ class Loop:
         self.recorded.ran(begin, plan, n)
         return choices
 
-    def commit(self, plan: StepPlan, result: "Future[dict[int, Choice]]") -> None:
+    def commit(self, plan: StepPlan, result: "Future[dict[int, list[Choice]]]") -> None:
         """Take a step's results into the scheduler and tell them. Raises what the step raised."""
         choices = result.result()
-        broken = [rid for rid, c in choices.items() if c.token == BROKEN and self.scheduler.abort(rid)]
-        live = {rid: self.scheduler.live[rid] for rid in choices if rid in self.scheduler.live}
-        finished = self.scheduler.commit(plan, {rid: c.token for rid, c in choices.items()})
+        broken = [rid for rid, (first, *_) in choices.items() if first.token == BROKEN and self.scheduler.abort(rid)]
+        live = [self.scheduler.live[rid] for rid in choices if rid in self.scheduler.live]
+        before = [len(req.tokens) for req in live]
+        finished = self.scheduler.commit(plan, {rid: [c.token for c in cs] for rid, cs in choices.items()})
         if self.storing:
-            self._store(live.values())
-        held = {req.rid for req in finished if self.handing and self.handing.hold(req, _token(req, choices[req.rid]))}
-        tokens = [_token(req, choices[rid]) for rid, req in live.items() if rid not in held]
+            self._store(live)
+        new = {req.rid: _tokens(req, choices[req.rid], n) for req, n in zip(live, before, strict=True)}
+        held = {req.rid for req in finished if self.handing and self.handing.hold(req, new[req.rid][-1])}
+        tokens = [token for rid, some in new.items() if rid not in held for token in some]
         tokens += [Token(rid, 0, "error") for rid in broken]
         for req in finished:
             if req.rid not in held:
@@ -340,7 +345,18 @@ class Loop:
         used = s.pool.n_pages - s.pool.n_free
         waiting = len(s.waiting) + len(s.filling)
         store = self.storing.stats if self.storing else None
-        return Stats(self.n_steps, len(s.running), waiting, used, s.n_preempted, reserved, offered, store)
+        return Stats(
+            self.n_steps,
+            len(s.running),
+            waiting,
+            used,
+            s.n_preempted,
+            reserved,
+            offered,
+            store,
+            s.n_drafted,
+            s.n_accepted,
+        )
 
     @property
     def _rests(self) -> float | None:
@@ -383,9 +399,15 @@ class Loop:
         return done
 
 
-def _token(req: Request, choice: Choice) -> Token:
-    top = [Logprob(token, logprob) for token, logprob in choice.top]
-    return Token(req.rid, choice.token, req.finish or "", choice.logprob, top, req.n_cached or 0, req.n_stored)
+def _tokens(req: Request, choices: Sequence[Choice], n_before: int) -> list[Token]:
+    """Those of a step that the request has taken: it had `n_before`, and may have ended before the last choice."""
+    n = len(req.tokens) - n_before
+    out = []
+    for i, choice in enumerate(choices[:n], 1):
+        top = [Logprob(token, logprob) for token, logprob in choice.top]
+        finish = req.finish or "" if i == n else ""
+        out.append(Token(req.rid, choice.token, finish, choice.logprob, top, req.n_cached or 0, req.n_stored))
+    return out
 
 
 def _nothing() -> None:
@@ -457,6 +479,7 @@ def main(fd: int) -> int:
                 max_step_tokens=config.max_step_tokens,
                 max_running=config.max_running,
                 share_answers=not worker.model.two_forms,
+                drafts=config.drafts,
             )
             handing = None if start.kv is None else Handing.of(start.kv, start.rank, worker, scheduler, channel)
             storing = Storing.of(config, checkpoint, worker, scheduler) if config.kv_disk else None

@@ -179,7 +179,7 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
-    """One new token of one request."""
+    """One new token of one request. A step may give several, in their order."""
 
     rid: int
     token: int
@@ -236,6 +236,10 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     """Those of prompts that other ranks may read; one that two prompts share counts twice."""
     store: StoreStats | None = None
     """None: there is no disk store."""
+    n_drafted: int = 0
+    """Guesses at next tokens that were checked since the start."""
+    n_accepted: int = 0
+    """Those of them that were right."""
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):

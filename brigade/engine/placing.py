@@ -15,12 +15,12 @@ def first_placement(config: EngineConfig, spec: ModelSpec, n_nodes: int = 1) -> 
 
     `n_nodes`: groups of ranks that are near each other. Raises ValueError for redundant experts of a model without any.
     """
-    if spec.moe is None or spec.n_dense >= spec.n_layers:
+    if spec.moe is None or not spec.n_moe:
         if config.redundant_experts:
             raise ValueError(f"redundant_experts is {config.redundant_experts}, but the model has no routed experts")
         return None
     return initial(
-        spec.n_layers - spec.n_dense,
+        spec.n_moe,
         spec.moe.n_experts,
         n_slots=n_slots(config, spec),
         n_ranks=config.ranks,

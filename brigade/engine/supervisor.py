@@ -254,7 +254,7 @@ class _Ranks:
             host = next(h for h, host in enumerate(layout.hosts) if host.address == address)
             if self._kv is None and len(layouts) > 1:
                 self._kv = KvHost.create(address, layouts, secret)
-            spec = read_spec(self._folder)
+            spec = read_spec(self._folder, config.drafts)
             unit.begin(LocalHost.create(config, spec, layout, host, secret, self._kv, number))
         except (BadConfig, LoadError) as e:
             unit.why_not = str(e)

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from brigade.comm.group import PeerLost
 from brigade.comm.segment import FIRST_GENERATION, Segment
 from brigade.comm.wire import Wire, wire
 from brigade.core.overlap import cut
@@ -23,13 +25,14 @@ from brigade.engine.unit_rank import UnitRank
 from brigade.kernels.cpu.build import Buildable, Built, find_library, look_up
 from brigade.kernels.cpu.layers import Kernels, unsupported
 from brigade.kernels.cpu.wire import TileCodec
-from brigade.model.batch import build
+from brigade.model.batch import Batch, build
 from brigade.model.cache import KvCache
 from brigade.model.deepseek import DeepSeek
 from brigade.model.dense import Dense
+from brigade.model.drafts import following
 from brigade.model.on_cpu_kernels import CpuModel
 from brigade.model.reread import ExpertFiles
-from brigade.model.sampling import BROKEN, Choice, History, choose
+from brigade.model.sampling import BROKEN, Choice, History, draw, proceed
 from brigade.model.spread import Spread
 from brigade.model.weights import Checkpoint
 from brigade.spec.config import read_spec
@@ -75,7 +78,7 @@ class Worker:
     ) -> tuple["Worker", auto.Resolved]:
         """A worker that runs alone: weights and cache. Raises BadConfig (also for tensor files), ValueError and
         MemoryError."""
-        spec = read_spec(Path(config.model))
+        spec = read_spec(Path(config.model), config.drafts)
         segment = -1
         if config.wire != "auto":
             segment = Segment.create(1, config.max_step_tokens, spec.dim, spec.moe.top_k if spec.moe else 1).fd
@@ -102,7 +105,7 @@ class Worker:
         Before it runs anything it needs a cache and, in a unit of several ranks, the others.
         """
         folder = Path(config.model)
-        spec = read_spec(folder)
+        spec = read_spec(folder, config.drafts)
         if config.wire != "auto" and spec.moe is None:
             raise ValueError(f"wire {config.wire} is for rows of routed experts; this model has none, leave it at auto")
         if config.micro_batches == 2 and spec.moe is None:
@@ -125,6 +128,8 @@ class Worker:
                 files = ExpertFiles(checkpoint, dtype)
                 mover = Mover(model, spread, files, unit.rank, placement, portion, spec.n_dense)
         notes = [computing.note, threads_note]
+        if spec.drafting:
+            notes.append(f"drafts {config.drafts}: model.layers.{spec.n_layers} guesses, the next step checks")
         return cls(
             spec, model, config.page, {}, computing.dtype, _arithmetic(computing), notes=notes, mover=mover, wire=way
         )
@@ -159,7 +164,7 @@ class Worker:
         """Run one token, so that the first request does not pay for first-call set-up, and a broken model shows now."""
         self.add(-1, [0], SamplingParams(temperature=0))
         try:
-            choice = self.run(StepPlan((Slice(-1, (0,), 0, (0,), True),)))[-1]
+            [choice] = self.run(StepPlan((Slice(-1, (0,), 0, (0,), True),)))[-1]
         finally:
             self.forget(-1)
         if choice.token == BROKEN:
@@ -172,23 +177,49 @@ class Worker:
         return Loads(seq, *self.model.spread.news())
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
-        """Run one step, in n micro-batches, and sample. The last token of a request may be needed by the very next
-        step. `wrote` is called after each layer's attention, from this thread."""
+    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, list[Choice]]:
+        """Run one step, in n micro-batches, and sample; then guess what comes next, where the model drafts. The last
+        token of a request may be needed by the very next step.
+
+        Gives the tokens of each request: one, and one more for each guess that was right. Raises PeerLost, after which
+        it is as if the step had not been run. `wrote` is called after each layer's attention, from this thread.
+        """
         laps = self.model.laps
         laps.begin()
-        last = {s.rid: h.new[-1] for s in plan.slices if (h := self.histories[s.rid]).new}
+        histories = [(s, self.histories[s.rid]) for s in plan.slices]
+        last = {s.rid: h.new[-1] for s, h in histories if h.new}
+        drafts = {s.rid: h.drafts for s, h in histories}
         batches = [
-            build(part, self.page, last, partial(wrote, part.slices) if wrote else None) for part in cut(plan, n)
+            build(part, self.page, last, drafts, partial(wrote, part.slices) if wrote else None)
+            for part in cut(plan, n)
         ]
         laps.end("batch")
-        rids = [rid for batch in batches for rid in batch.rids]
-        rows = [self.histories[rid] for rid in rids]
-        choices = choose(self.model.forward(*batches), rows)
-        for history, choice in zip(rows, choices, strict=True):
-            history.append(max(choice.token, 0))  # a broken row still has a position in the steps already planned
+        sampled = {s.rid: (h, s.n_drafts) for s, h in histories if s.sample}
+        if not self.spec.drafting or isinstance(self.model, Dense):
+            chosen = proceed(self.model.forward(*batches), [*sampled.values()])
+            laps.end("sampling")
+            return dict(zip(sampled, chosen, strict=True))
+        hidden = self.model.trunk(*batches)
+        new = dict(zip(sampled, proceed(self.model.logits(batches, hidden), [*sampled.values()]), strict=True))
         laps.end("sampling")
-        return dict(zip(rids, choices, strict=True))
+        try:
+            self._draft(self.model, batches, hidden)
+        except PeerLost:
+            for rid, choices in new.items():
+                self.histories[rid].take_back(len(choices))
+            raise
+        laps.end("drafting")
+        return new
+
+    def _draft(self, model: DeepSeek | CpuModel, batches: list[Batch], hidden: list[Tensor]) -> None:
+        """Guess the token after the last one of each request that has just got one. All ranks of a unit come here in
+        every step, with or without rows: the layer that drafts has experts, too."""
+        ahead = [following(batch, self.page, self.histories) for batch in batches]
+        rows = [x_TD if kept is None else x_TD[kept] for (_, kept), x_TD in zip(ahead, hidden, strict=True)]
+        histories = [self.histories[rid] for batch, _ in ahead for rid in batch.rids]
+        guesses = draw(model.draft([batch for batch, _ in ahead], rows), histories)
+        for history, guess in zip(histories, guesses, strict=True):
+            history.drafts = (max(guess, 0),)
 
 
 def _wire(config: EngineConfig, spec: ModelSpec, model: Model, dtype: torch.dtype) -> Wire:

@@ -1,13 +1,13 @@
 """A StepPlan as tensors: built once a step, read by every layer. Must not decide anything."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from brigade.core.scheduler import LAST, Slice, StepPlan
+from brigade.core.scheduler import DRAFT, LAST, Slice, StepPlan
 
 PADDING = 2
 """Decodes share one padded attention call while the longest has at most this many times the pages of the shortest."""
@@ -45,7 +45,7 @@ class Batch:
     sample_R: Tensor
     """Rows whose logits are wanted."""
     rids: list[int]
-    """Whose they are."""
+    """Whose they are. Drafted tokens have rows, too."""
     wrote: Callable[[int], None] | None = None
     """To be called when the cache rows of a layer are written; None: nobody waits for them."""
 
@@ -60,18 +60,27 @@ class Batch:
         return _group([(row, s) for row, s in self.slices if len(s.tokens) == 1])
 
 
-def build(plan: StepPlan, page: int, last: Mapping[int, int], wrote: Callable[[int], None] | None = None) -> Batch:
-    """Lay a plan out. `last` gives the token that a LAST of a request stands for."""
+def build(
+    plan: StepPlan,
+    page: int,
+    last: Mapping[int, int],
+    drafts: Mapping[int, Sequence[int]] | None = None,
+    wrote: Callable[[int], None] | None = None,
+) -> Batch:
+    """Lay a plan out. `last` gives the token that a LAST of a request stands for, `drafts` those of its DRAFTs."""
     ids, positions, slots = list[int](), list[int](), list[int]()
     slices, sample, rids = list[tuple[int, Slice]](), list[int](), list[int]()
     for s in plan.slices:
         slices.append((len(ids), s))
-        ids += [last[s.rid] if t == LAST else t for t in s.tokens]
+        n_drafts = s.n_drafts
+        ids += [last[s.rid] if t == LAST else t for t in s.tokens if t != DRAFT]
+        if n_drafts and drafts is not None:
+            ids += drafts[s.rid][:n_drafts]
         positions += range(s.start, s.end)
         slots += [s.pages[p // page] * page + p % page for p in range(s.start, s.end)]
         if s.sample:
-            sample.append(len(ids) - 1)
-            rids.append(s.rid)
+            sample += range(len(ids) - 1 - n_drafts, len(ids))
+            rids += [s.rid] * (1 + n_drafts)
     return Batch(_long(ids), _long(positions), _long(slots), slices, _long(sample), rids, wrote)
 
 

@@ -11,13 +11,13 @@ from brigade.spec.model import ModelSpec
 
 
 class KvCache:
-    """[layers, pages, page, width]: for MLA the latent and the shared rotary key, never the expanded heads."""
+    """[blocks, pages, page, width]: for MLA the latent and the shared rotary key, never the expanded heads."""
 
     def __init__(self, spec: ModelSpec, n_pages: int, page: int, dtype: torch.dtype, file: int = -1) -> None:
         """`file`: memory that other processes may read; it grows if it is too small. -1: memory of this process alone.
         Raises MemoryError."""
         self.page = page
-        shape = (spec.n_layers, n_pages, page, spec.kv_width)
+        shape = (spec.n_blocks, n_pages, page, spec.kv_width)
         try:
             # Not torch.zeros, which writes it all: pages of the system that no request has reached yet cost no memory.
             memory = _memory(math.prod(shape) * dtype.itemsize, file)

@@ -5,6 +5,7 @@ rotary key a token, never the heads. Shape letters as in kernels/reference.py.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,12 +75,12 @@ class DeepSeek:
         if not isinstance(spec.attention, Mla):
             raise TypeError(f"{spec.architecture} has no latent attention")
         self.spec, self.a, self.w = spec, spec.attention, weights
-        self.attn = [Attention.of(weights, f"model.layers.{i}.self_attn", self.a) for i in range(spec.n_layers)]
+        self.attn = [Attention.of(weights, f"model.layers.{i}.self_attn", self.a) for i in range(spec.n_blocks)]
         self.scale = rotary.score_scale(spec.rope, self.a.qk)
         self.laps = Laps(time.monotonic_ns)
         self.spread = Spread(spec) if spec.moe else None
         """How rows reach experts, of other ranks too where the weights hold only some of them."""
-        names = [f"model.layers.{i}.mlp.experts.*" for i in range(spec.n_dense, spec.n_layers) if spec.moe]
+        names = [f"model.layers.{i}.mlp.experts.*" for i in range(spec.n_dense, spec.n_blocks) if spec.moe]
         self._experts = [
             tuple(list(weights[f"{at}.{part}_proj.weight"]) for part in ("gate", "up", "down")) for at in names
         ]
@@ -91,30 +92,59 @@ class DeepSeek:
 
     def forward(self, *batches: Batch) -> Tensor:
         """Run one step, in one micro-batch or several. Returns float32 logits [R, V] of the rows to sample."""
-        x_RD = torch.cat(in_turn([self._layers(batch, lane) for lane, batch in enumerate(batches)]))
+        return self.logits(batches, self.trunk(*batches))
+
+    def trunk(self, *batches: Batch) -> list[Tensor]:
+        """The residual of all rows of each micro-batch, after the last layer."""
+        return in_turn([self._layers(batch, lane) for lane, batch in enumerate(batches)])
+
+    def logits(self, batches: Sequence[Batch], hidden: Sequence[Tensor], norm: str = "model.norm") -> Tensor:
+        """float32 [R, V] of the rows to sample. `hidden`: what trunk gave for these batches."""
+        x_RD = torch.cat([x_TD[batch.sample_R] for batch, x_TD in zip(batches, hidden, strict=True)])
         head = "model.embed_tokens.weight" if self.spec.tied_head else "lm_head.weight"
-        logits = F.linear(self.norm(x_RD, "model.norm"), self.w[head]).float()
+        logits = F.linear(self.norm(x_RD, norm), self.w[head]).float()
         self.laps.end("head")
         return logits
 
+    def draft(self, batches: Sequence[Batch], hidden: Sequence[Tensor]) -> Tensor:
+        """Run the layer that drafts: float32 logits [R, V] of the tokens after next. `batches`: the tokens one further
+        on than those whose rows `hidden` are."""
+        parts = zip(batches, hidden, strict=True)
+        ahead = in_turn([self._draft_layer(batch, x_TD, lane) for lane, (batch, x_TD) in enumerate(parts)])
+        return self.logits(batches, ahead, f"model.layers.{self.spec.n_layers}.shared_head.norm")
+
     def _layers(self, batch: Batch, lane: int) -> InTurn[Tensor]:
-        """One micro-batch through all layers: the residual of the rows to sample."""
-        x_TD = F.embedding(batch.ids_T, self.w["model.embed_tokens.weight"])
-        cos_TR, sin_TR = self.cos[batch.positions_T], self.sin[batch.positions_T]
+        """One micro-batch through all layers."""
+        x_TD, turn = F.embedding(batch.ids_T, self.w["model.embed_tokens.weight"]), self._turn(batch)
         self.laps.end("embedding", -1, lane)
         for i in range(self.spec.n_layers):
-            at = f"model.layers.{i}"
-            x_TD = x_TD + self.attention(i, self.norm(x_TD, f"{at}.input_layernorm"), batch, cos_TR, sin_TR, lane)
-            if batch.wrote:
-                batch.wrote(i)
-                self.laps.end("offering rows", i, lane)
-            h_TD = self.norm(x_TD, f"{at}.post_attention_layernorm")
-            if self.spec.is_moe(i):
-                x_TD = x_TD + (yield from self.moe(i, h_TD, f"{at}.mlp", lane))
-            else:
-                x_TD = x_TD + self.mlp(h_TD, f"{at}.mlp")
-                self.laps.end("feed-forward", i, lane)
-        return x_TD[batch.sample_R]
+            x_TD = yield from self._layer(i, x_TD, batch, turn, lane)
+        return x_TD
+
+    def _draft_layer(self, batch: Batch, hidden_TD: Tensor, lane: int) -> InTurn[Tensor]:
+        at = f"model.layers.{self.spec.n_layers}"
+        next_TD = self.norm(F.embedding(batch.ids_T, self.w["model.embed_tokens.weight"]), f"{at}.enorm")
+        here_TD = self.norm(self.norm(hidden_TD, "model.norm"), f"{at}.hnorm")
+        x_TD = F.linear(torch.cat([next_TD, here_TD], -1), self.w[f"{at}.eh_proj.weight"])
+        self.laps.end("embedding", self.spec.n_layers, lane)
+        return (yield from self._layer(self.spec.n_layers, x_TD, batch, self._turn(batch), lane))
+
+    def _turn(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos_TR, sin_TR"""
+        return self.cos[batch.positions_T], self.sin[batch.positions_T]
+
+    def _layer(self, i: int, x_TD: Tensor, batch: Batch, turn: tuple[Tensor, Tensor], lane: int) -> InTurn[Tensor]:
+        at = f"model.layers.{i}"
+        x_TD = x_TD + self.attention(i, self.norm(x_TD, f"{at}.input_layernorm"), batch, *turn, lane)
+        if batch.wrote:
+            batch.wrote(i)
+            self.laps.end("offering rows", i, lane)
+        h_TD = self.norm(x_TD, f"{at}.post_attention_layernorm")
+        if self.spec.is_moe(i):
+            return x_TD + (yield from self.moe(i, h_TD, f"{at}.mlp", lane))
+        x_TD = x_TD + self.mlp(h_TD, f"{at}.mlp")
+        self.laps.end("feed-forward", i, lane)
+        return x_TD
 
     def attention(self, layer: int, x_TD: Tensor, batch: Batch, cos_TR: Tensor, sin_TR: Tensor, lane: int) -> Tensor:
         a, w, cache, laps = self.a, self.attn[layer], self.cache.layers[layer], self.laps

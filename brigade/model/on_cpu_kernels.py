@@ -6,6 +6,7 @@ else is in the batch, so no schedule changes the text.
 
 import ctypes
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from brigade.core.laps import Laps
 from brigade.kernels.cpu import structs
+from brigade.kernels.cpu.drafts import DraftInput
 from brigade.kernels.cpu.layers import (
     Each,
     FeedForward,
@@ -62,8 +64,10 @@ class CpuModel:
                 attention(kernels, spec, read, f"model.layers.{i}", scale, kind),
                 FeedForward(kernels, spec, read, i, kind, read.experts),
             )
-            for i in range(spec.n_layers)
+            for i in range(spec.n_blocks)
         ]
+        at = f"model.layers.{spec.n_layers}"
+        self.drafts = DraftInput(kernels, spec, read, at, self.head.norm, kind) if spec.drafting else None
         self.two_forms = has_expanded_form(a)
         """Whether a prompt's rows are computed in another way than an answer's, so that they differ by a rounding."""
         self.spread = Spread(spec) if spec.moe else None
@@ -80,18 +84,48 @@ class CpuModel:
 
     def forward(self, *batches: Batch) -> Tensor:
         """Run one step, in one micro-batch or several. Returns float32 logits [R, V] of the rows to sample."""
-        logits = self.head(torch.cat(in_turn([self._layers(batch, lane) for lane, batch in enumerate(batches)])))
+        return self.logits(batches, self.trunk(*batches))
+
+    def trunk(self, *batches: Batch) -> list[Tensor]:
+        """The residual of all rows of each micro-batch, after the last layer: float32 [T, stride]."""
+        return in_turn([self._layers(batch, lane) for lane, batch in enumerate(batches)])
+
+    def logits(self, batches: Sequence[Batch], hidden: Sequence[Tensor]) -> Tensor:
+        """float32 [R, V] of the rows to sample. `hidden`: what trunk gave for these batches."""
+        logits = self.head(_sampled(batches, hidden))
+        self.laps.end("head")
+        return logits
+
+    def draft(self, batches: Sequence[Batch], hidden: Sequence[Tensor]) -> Tensor:
+        """Run the layer that drafts: float32 logits [R, V] of the tokens after next. `batches`: the tokens one further
+        on than those whose rows `hidden` are."""
+        if self.drafts is None:
+            raise TypeError("this model was read without the layer that drafts")
+        rows = [self.drafts(self._embedded(batch), x_TD) for batch, x_TD in zip(batches, hidden, strict=True)]
+        parts = enumerate(zip(batches, rows, strict=True))
+        layer = range(self.spec.n_layers, self.spec.n_blocks)
+        ahead = in_turn([self._through(layer, batch, x_TD, lane) for lane, (batch, x_TD) in parts])
+        logits = self.head(_sampled(batches, ahead), self.drafts.norm_out)
         self.laps.end("head")
         return logits
 
     def _layers(self, batch: Batch, lane: int) -> InTurn[Tensor]:
-        """One micro-batch through all layers: the residual of the rows to sample."""
-        dim, laps = self.spec.dim, self.laps
+        """One micro-batch through all layers."""
+        return (yield from self._through(range(self.spec.n_layers), batch, self._embedded(batch), lane))
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        """The residual before the first layer."""
+        dim = self.spec.dim
         x_TD = F.embedding(batch.ids_T, self.embed).float()
-        x_TD = F.pad(x_TD, (0, padded(dim) - dim)) if dim % padded(1) else x_TD
+        return F.pad(x_TD, (0, padded(dim) - dim)) if dim % padded(1) else x_TD
+
+    def _through(self, layers: range, batch: Batch, x_TD: Tensor, lane: int) -> InTurn[Tensor]:
+        """The residual after these layers, which add to it in place."""
         step, _held = self._step(batch)
+        laps = self.laps
         laps.end("embedding", -1, lane)
-        for i, (attention, feed_forward) in enumerate(self.layers):
+        for i in layers:
+            attention, feed_forward = self.layers[i]
             attention(x_TD, step, self.cache.layers[i])
             laps.end("attention", i, lane)
             if batch.wrote:
@@ -105,7 +139,7 @@ class CpuModel:
                 laps.end("experts", i, lane)
             else:
                 yield from self._spread(i, feed_forward, x_TD, self.spread, lane)
-        return x_TD[batch.sample_R]
+        return x_TD
 
     def stage(self, layer: int, expert: tuple[Tensor, Tensor, Tensor], spare: Place | None) -> Place:
         """An expert of a layer in a place of its own, a `spare` one if there is one. From any thread."""
@@ -158,3 +192,7 @@ class CpuModel:
             pages=pages_P.data_ptr(),
         )
         return step, (sequences, pages_P, cos_TR, sin_TR)
+
+
+def _sampled(batches: Sequence[Batch], hidden: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x_TD[batch.sample_R] for batch, x_TD in zip(batches, hidden, strict=True)])

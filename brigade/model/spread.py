@@ -52,7 +52,7 @@ class Spread:
         """`placement`: of experts in the slots that an exchange counts; None where there is no exchange."""
         if spec.moe is None:
             raise ValueError("a model without routed experts has nothing to spread")
-        self._rank, self._first, n_layers = rank, spec.n_dense, spec.n_layers - spec.n_dense
+        self._rank, self._first, n_layers = rank, spec.n_dense, spec.n_moe
         self.exchange: ExpertExchange | None = None
         self.counts_LE = np.zeros((n_layers, spec.moe.n_experts), np.int64)
         """Own tokens that went to each logical expert, by layer with experts."""

@@ -178,7 +178,7 @@ class Simulation:
                 seen = self.seen[one.rid]
                 if one.sample and not seen.first:
                     seen.first = self.now
-            for req in s.commit(plan, {x.rid: 0 for x in plan.slices if x.sample}):
+            for req in s.commit(plan, {x.rid: [0] for x in plan.slices if x.sample}):
                 self._ended(unit, rank, req)
         self._admit()
         self._hand_over()

@@ -215,6 +215,10 @@ class _EngineState(Collector):
             yield from _store(stats.store)
         # These start again from 0 with a new worker, which Prometheus' rate() understands.
         yield CounterMetricFamily("brigade_num_preemptions", "Requests preempted.", value=stats.n_preempted)
+        drafted = "Tokens that the model's multi-token-prediction layer guessed and a later step checked."
+        yield CounterMetricFamily("brigade_spec_decode_num_draft_tokens", drafted, value=stats.n_drafted)
+        accepted = "Those of them that were what the model said."
+        yield CounterMetricFamily("brigade_spec_decode_num_accepted_tokens", accepted, value=stats.n_accepted)
         yield CounterMetricFamily("brigade_steps", "Steps run.", value=stats.n_steps)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,13 +27,20 @@ class BadConfig(ValueError):
     """A config.json that Brigade cannot serve. The message names the file, the key and what to do."""
 
 
-def read_spec(folder: Path) -> ModelSpec:
-    """Read `folder`/config.json (and eos ids from generation_config.json). Raises BadConfig."""
+def read_spec(folder: Path, drafts: int = 0) -> ModelSpec:
+    """Read `folder`/config.json (and eos ids from generation_config.json). `drafts`: tokens that the model's own
+    multi-token-prediction layer is to draft in a step. Raises BadConfig, also if it has none."""
     path = folder / "config.json"
     config = read_json(path)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    return spec_from(config, str(path), _token_ids(eos, str(generation)) or None)
+    spec = spec_from(config, str(path), _token_ids(eos, str(generation)) or None)
+    if drafts and not spec.n_mtp:
+        raise BadConfig(
+            f"{path}: drafts is {drafts}, but the model has no multi-token-prediction layer to draft with "
+            "(num_nextn_predict_layers); leave drafts at 0"
+        )
+    return replace(spec, drafting=drafts > 0)
 
 
 def read_json(path: Path) -> dict[str, Any]:

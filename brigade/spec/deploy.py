@@ -28,6 +28,7 @@ BOUNDS = {
     "count": (1, 1024),
     "ranks_per_host": (1, 64),
     "redundant_experts": (0, 4096),
+    "drafts": (0, 1),
     "max_running": (1, 4096),
     "max_waiting": (0, 1 << 20),
     "max_context": (1, 1 << 24),
@@ -112,6 +113,8 @@ class Deployment:
     model: str | None = None
     """Folder of the checkpoint; None: the bundled demo model."""
     weights: WeightType = "auto"
+    drafts: int = 0
+    """Tokens that the checkpoint's multi-token-prediction layer guesses in each step of every unit."""
     rank_memory: int | None = None
     """Bytes that one rank may take; None: what its machine has free."""
     listen: tuple[str, int] = (LOCAL, 8000)
@@ -184,6 +187,7 @@ def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[P
     result = Deployment(
         model=table.take("model", _text, None),
         weights=cast(WeightType, table.take("weights", _one_of(WeightType), "auto")),
+        drafts=table.take("drafts", _number("drafts"), 0),
         rank_memory=table.take("rank_memory", _size("rank_memory"), None),
         listen=table.take("listen", _address_and_port, (LOCAL, 8000)),
         api_key_file=table.take("api_key_file", _text, None),

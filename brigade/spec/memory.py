@@ -35,7 +35,7 @@ def weight_bytes(spec: ModelSpec, kind: WeightKind, n_slots: int) -> dict[Part, 
 
 def kv_bytes(spec: ModelSpec, tokens: int, number: int = 2) -> int:
     """Bytes of `tokens` positions in the cache, at `number` bytes for each of them."""
-    return spec.n_layers * spec.kv_width * tokens * number
+    return spec.n_blocks * spec.kv_width * tokens * number
 
 
 def part_of(p: Param) -> Part:
@@ -48,7 +48,7 @@ def part_of(p: Param) -> Part:
         return "shared experts"
     if ".self_attn." in p.name:
         return "attention"
-    return "feed-forward" if ".mlp." in p.name else "embedding and head"
+    return "feed-forward" if ".mlp." in p.name or ".eh_proj." in p.name else "embedding and head"
 
 
 def _bytes(p: Param, kind: WeightKind, part: Part) -> int:

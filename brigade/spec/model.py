@@ -101,6 +101,18 @@ class ModelSpec:
     block_scale: tuple[int, int] | None
     """Rows and columns of one FP8 scale in the checkpoint; None when weights are stored unscaled."""
     eos_ids: tuple[int, ...]
+    drafting: bool = False
+    """Whether the first multi-token-prediction layer is used, to draft tokens: it is then the layer after the last."""
+
+    @property
+    def n_blocks(self) -> int:
+        """Layers that are held and have a cache: those of the model, and the one that drafts."""
+        return self.n_layers + self.drafting
+
+    @property
+    def n_moe(self) -> int:
+        """Of these, the layers with routed experts: from `n_dense` on."""
+        return self.n_blocks - self.n_dense if self.moe is not None else 0
 
     @property
     def kv_width(self) -> int:

@@ -45,17 +45,19 @@ class Param:
 
 
 def params(spec: ModelSpec) -> Iterator[Param]:
-    """Every parameter of the main model (the multi-token-prediction layers are not part of it)."""
+    """Every parameter that is held: of the main model, and of the multi-token-prediction layer where that drafts."""
     yield Param("model.embed_tokens.weight", (spec.vocab, spec.dim), (VOCAB, None), uses=1 if spec.tied_head else 0)
     for layer in range(spec.n_layers):
         yield from _layer(spec, f"model.layers.{layer}", spec.is_moe(layer))
+    if spec.drafting:
+        yield from _drafts(spec, f"model.layers.{spec.n_layers}")
     yield _norm("model.norm", spec.dim)
     if not spec.tied_head:
         yield Param("lm_head.weight", (spec.vocab, spec.dim), (VOCAB, None))
 
 
 def count(spec: ModelSpec) -> int:
-    """All parameters of the main model."""
+    """All parameters that are held."""
     return sum(p.size for p in params(spec))
 
 
@@ -75,6 +77,16 @@ def _layer(spec: ModelSpec, at: str, moe: bool) -> Iterator[Param]:
         yield from _moe(spec.moe, spec.dim, f"{at}.mlp")
     else:
         yield from _mlp(f"{at}.mlp", spec.dim, spec.ffn)
+
+
+def _drafts(spec: ModelSpec, at: str) -> Iterator[Param]:
+    """What one layer more has beside a layer's own (DeepSeek-V3, arXiv:2412.19437, section 2.2). Embedding and head are
+    the main model's; checkpoints that store them here again repeat them."""
+    yield _norm(f"{at}.enorm", spec.dim)
+    yield _norm(f"{at}.hnorm", spec.dim)
+    yield _linear(f"{at}.eh_proj", (spec.dim, 2 * spec.dim))
+    yield from _layer(spec, at, spec.is_moe(spec.n_layers))
+    yield _norm(f"{at}.shared_head.norm", spec.dim)
 
 
 def _mla(a: Mla, dim: int, at: str) -> Iterator[Param]:

@@ -214,7 +214,7 @@ def facts(spec: ModelSpec, precision: Precision = FP8, window: int = 0, windowed
         add("draft whole", Param("eh_proj.weight", (spec.dim, 2 * spec.dim), (None, None), scaled=True))
         add("draft whole", Param("norms.weight", (3 * spec.dim,), (None,)))
     m, a = spec.moe, spec.attention
-    n_moe = spec.n_layers - spec.n_dense if m else 0
+    n_moe = spec.n_moe
     experts = m.n_experts if m else 0
     if isinstance(a, Mla):
         decode = 2 * a.n_heads * (2 * a.kv_rank + a.rope)
@@ -252,7 +252,7 @@ def facts(spec: ModelSpec, precision: Precision = FP8, window: int = 0, windowed
         norm_bytes=total["norm bytes"],
         draft_cut_bytes=total["draft cut bytes"],
         draft_whole_bytes=total["draft whole bytes"],
-        kv_bytes=spec.kv_width * spec.n_layers * BYTES[precision.kv],
+        kv_bytes=spec.kv_width * spec.n_blocks * BYTES[precision.kv],
         kv_whole=isinstance(a, Mla),
         n_kv_heads=1 if isinstance(a, Mla) else a.n_kv_heads,
         decode_flops=float(decode * spec.n_layers),

@@ -94,6 +94,8 @@ def test_help_names_the_extra_that_ray_needs() -> None:
         (("--max-running", "0"), "max_running must be between 1 and 4096, not 0"),
         (("--max-step-tokens", "8"), "max_step_tokens must be at least max_running"),
         (("--depth", "9"), "depth must be between 1 and 4"),
+        (("--drafts", "2"), "drafts must be between 0 and 1"),
+        (("--drafts", "1", "--depth", "2"), "leave depth at 1, or drafts at 0"),
         (("--redundant-experts", "2"), "redundant_experts are copies on other ranks, but ranks is 1"),
         (("--rebalance", "nan"), "rebalance must be between"),
         (("--step-deadline", "nan"), "step_deadline must be between"),

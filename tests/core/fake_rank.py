@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from brigade.core.pages import PagePool
 from brigade.core.request import Request
-from brigade.core.scheduler import LAST, Scheduler, StepPlan
+from brigade.core.scheduler import DRAFT, LAST, Scheduler, Slice, StepPlan
 
 VOCAB = 6
 ROOT = 12345
@@ -46,29 +46,46 @@ def alone(prompt: list[int], max_new: int, stop_ids: Iterable[int] = (), page: i
 class FakeRank:
     """Runs plans in order. As in a layer of a model, all slices write (in order) before any reads."""
 
-    def __init__(self, n_pages: int, page: int, two_forms: bool = False) -> None:
-        self.page, self.two_forms = page, two_forms
+    def __init__(self, n_pages: int, page: int, two_forms: bool = False, drafts: int = 0) -> None:
+        """`drafts`: tokens it guesses after each one it samples; about two of three are right."""
+        self.page, self.two_forms, self.n_drafts = page, two_forms, drafts
         self.cache = [[0] * page for _ in range(n_pages)]
         self.last: dict[int, int] = {}
+        self.drafts: dict[int, list[int]] = {}
         self.n_tokens = 0
 
-    def run(self, plan: StepPlan) -> dict[int, int]:
-        """The token that each sampling slice yields, by request."""
+    def run(self, plan: StepPlan) -> dict[int, list[int]]:
+        """The tokens that each sampling slice yields, by request."""
         written = Counter[tuple[int, int]]()
         for s in plan.slices:
+            guesses = iter(self.drafts.get(s.rid, ()))
             for position, token in enumerate(s.tokens, s.start):
                 before = self._read(s.pages, position - 1) if position else ROOT
                 page, slot = s.pages[position // self.page], position % self.page
-                self.cache[page][slot] = cell(
-                    before,
-                    self.last[s.rid] if token == LAST else token,
-                    self.two_forms and position < s.prompt_end,
-                )
+                known = self.last[s.rid] if token == LAST else next(guesses) if token == DRAFT else token
+                self.cache[page][slot] = cell(before, known, self.two_forms and position < s.prompt_end)
                 written[page, slot] += 1
         assert set(written.values()) <= {1}, "two slices of one step write the same place"
         self.n_tokens += plan.n_tokens
-        new = {s.rid: next_token(self._read(s.pages, i) for i in range(s.end)) for s in plan.slices if s.sample}
-        self.last.update(new)
+        new = {s.rid: self._sample(s) for s in plan.slices if s.sample}
+        self.last.update((rid, tokens[-1]) for rid, tokens in new.items())
+        return new
+
+    def _sample(self, s: Slice) -> list[int]:
+        """The token after its last one, then those after the guesses that were right; and new guesses."""
+        first = s.end - s.n_drafts
+        cells = [self._read(s.pages, i) for i in range(s.end)]
+        new = [next_token(cells[:first])]
+        for i, guess in enumerate(self.drafts.get(s.rid, [])[: s.n_drafts], 1):
+            if guess != new[-1]:
+                break
+            new.append(next_token(cells[: first + i]))
+        cells = cells[: first + len(new) - 1]
+        guesses = self.drafts[s.rid] = list[int]()
+        for _ in range(self.n_drafts):
+            cells.append(cell(cells[-1], guesses[-1] if guesses else new[-1]))
+            right = next_token(cells)
+            guesses.append(right if cells[-1] % 3 else (right + 1) % VOCAB)
         return new
 
     def holds(self, tokens: Sequence[int], pages: Sequence[int], n_prompt: int) -> bool:
@@ -144,6 +161,8 @@ class Run:
     n_late: int
     """Requests that ended while later steps of theirs were already planned."""
     n_computed: int
+    n_drafted: int = 0
+    n_accepted: int = 0
 
 
 def play(
@@ -155,17 +174,18 @@ def play(
     max_steps: int | None = None,
     two_forms: bool = False,
     share_answers: bool = True,
+    drafts: int = 0,
 ) -> Run:
     """Drive the scheduler as the engine's loop does: results arrive when `depth` steps are in flight."""
     pool = make_pool(load.n_pages, load.page)
     limits = {"max_step_tokens": load.max_step_tokens, "max_running": load.max_running}
-    sched = make_scheduler(pool, **limits, share_answers=share_answers)
-    rank = FakeRank(load.n_pages, load.page, two_forms)
+    sched = make_scheduler(pool, **limits, share_answers=share_answers, drafts=drafts)
+    rank = FakeRank(load.n_pages, load.page, two_forms, drafts)
     requests = {
         i: Request(i, list(p), m, s, salt, priority=load.priorities.get(i, 0))
         for i, (p, m, s, salt) in enumerate(load.requests)
     }
-    pending: deque[tuple[StepPlan, dict[int, int]]] = deque()
+    pending: deque[tuple[StepPlan, dict[int, list[int]]]] = deque()
     ended: deque[tuple[int, Request, list[int]]] = deque()
     run = Run({}, set(), 0, 0, 0, 0, 0)
     limit = step_bound(load) if max_steps is None else max_steps
@@ -200,6 +220,7 @@ def play(
         step += 1
     assert pool.n_free == load.n_pages, "pages are lost"
     run.n_steps, run.n_preempted, run.n_computed = step, sched.n_preempted, rank.n_tokens
+    run.n_drafted, run.n_accepted = sched.n_drafted, sched.n_accepted
     run.n_cached = sum(r.n_cached or 0 for r in requests.values())
     return run
 
@@ -222,9 +243,10 @@ def check_plan(sched: Scheduler, plan: StepPlan, done_before: dict[int, int]) ->
         assert s.start == done_before.get(s.rid, s.start)
         assert s.pages == tuple(r.pages)
         assert len(s.pages) == -(-s.end // sched.pool.page)
-        known = len([t for t in s.tokens if t != LAST])
+        known = len([t for t in s.tokens if t not in (LAST, DRAFT)])
         assert list(s.tokens[:known]) == r.tokens[s.start : s.start + known]
-        assert s.sample == (s.end == len(r.tokens) + r.inflight - s.sample)
+        assert s.sample == (s.end - s.n_drafts == len(r.tokens) + r.inflight - s.sample)
+        assert s.n_drafts <= sched.drafts * s.sample
 
 
 def check_state(sched: Scheduler, ended: list[Request], pending: list[StepPlan]) -> None:

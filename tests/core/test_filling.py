@@ -232,7 +232,7 @@ def test_what_is_stored_is_filled_behind_the_steps_of_others() -> None:
 def test_pages_in_memory_are_not_read_again() -> None:
     sched = machine()
     sched.add(Request(1, [1, 2, 3], 1))
-    sched.commit(sched.plan(), {1: 7})
+    sched.commit(sched.plan(), {1: [7]})
     req = Request(2, [1, 2, 3, 4, 5], 4, stored=4)
     sched.add(req)
     assert not sched.plan()

@@ -53,8 +53,9 @@ class Rank:
             PagePool(n_pages, page),
             max_step_tokens=self.rng.choice((2, 5, 16)),
             max_running=self.rng.choice((2, 4, 8)),
+            drafts=world.drafts,
         )
-        self.cache = FakeRank(n_pages, page)
+        self.cache = FakeRank(n_pages, page, drafts=world.drafts)
         for cells in self.cache.cache:  # a new rank's memory holds anything
             cells[:] = [self.rng.randrange(1 << 30) for _ in cells]
         self.leases, self.depth = Leases(), self.rng.randint(1, 3)
@@ -65,7 +66,7 @@ class Rank:
         self.transfers: dict[int, Transfer] = {}
         self.reserved_at: dict[int, int] = {}
         self.doomed: set[int] = set()
-        self.pending: deque[tuple[StepPlan, dict[int, int]]] = deque()
+        self.pending: deque[tuple[StepPlan, dict[int, list[int]]]] = deque()
         self.inbox: deque[tuple[int, Callable[[], None]]] = deque()
 
     def tell(self, what: Callable[..., None], *args: Any) -> None:
@@ -188,12 +189,13 @@ class Rank:
         plan, new = self.pending.popleft()
         live = {rid: self.scheduler.live[rid] for rid in new if rid in self.scheduler.live}
         pages = {rid: list(req.pages) for rid, req in live.items()}
+        known = {rid: len(req.tokens) for rid, req in live.items()}
         finished = self.scheduler.commit(plan, new)
         for rid, req in live.items():
-            if req not in finished:
-                self.world.heard_token(rid, new[rid], last=False)
+            for token in req.tokens[known[rid] :][: -1 if req in finished else None]:
+                self.world.heard_token(rid, token, last=False)
         for req in finished:
-            rid, token = req.rid, new[req.rid]
+            rid, token = req.rid, req.tokens[-1]
             goes_on = rid in self.expected and self.world.goes_on(rid, token)
             self.expected.discard(rid)
             if goes_on:
@@ -296,7 +298,7 @@ class World:
     ) -> None:
         rng = self.rng = random.Random(seed)
         self.retracts = retracts
-        self.now, self.rids = 0, 0
+        self.now, self.rids, self.drafts = 0, 0, max(seed % 4 - 1, 0)
         self.p_undo, self.p_bad = (rng.choice((0, 0.02, 0.1)), rng.choice((0, 0.2))) if losses else (0.0, 0.0)
         self.p_loss = rng.choice((0, 0.01, 0.03)) if losses else 0.0
         self.leases = (3, 60, 400) if losses else (1 << 30,)

@@ -101,6 +101,63 @@ def test_without_preemption_only_what_is_not_cached_is_computed(seed: int) -> No
     assert run.n_computed == sum(len(p) + m - 1 for p, m, _, _ in load.requests) - run.n_cached
 
 
+# Drafts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_guesses_change_no_text(seed: int) -> None:
+    """Also where a right one is a stop id or the last token, where pages run out for their sake, and where results are
+    late."""
+    rng = random.Random(5000 + seed)
+    for drafts in (1, 1, 2, 3):
+        load = random_load(rng)
+        check_text(load, play(load, drafts=drafts))
+    check_text(load := chats(seed), play(load, drafts=2))
+
+
+def test_the_loads_above_really_accept_and_reject_guesses() -> None:
+    runs = [play(random_load(random.Random(seed)), drafts=2, check=False) for seed in range(60)]
+    n_drafted, n_accepted = sum(r.n_drafted for r in runs), sum(r.n_accepted for r in runs)
+    assert 0.2 * n_drafted < n_accepted < 0.8 * n_drafted
+    assert sum(r.n_preempted > 0 and r.n_accepted > 0 for r in runs) >= 2
+
+
+def test_right_guesses_save_steps() -> None:
+    load = Load(4, 99, 64, 8, 1, [([1, 2, 3], 40, frozenset[int](), "")], [0])
+    without, with_drafts = play(load), play(load, drafts=1)
+    assert with_drafts.tokens == without.tokens
+    assert with_drafts.n_steps == without.n_steps - with_drafts.n_accepted
+
+
+class KeepsRejectedGuesses(Scheduler):
+    """Goes on after what was guessed in vain, as if it had been right."""
+
+    def _drop_rejected(self, req: Request) -> None:
+        pass
+
+
+class TakesTokensAfterTheEnd(Scheduler):
+    def commit(self, plan, new):  # type: ignore[no-untyped-def]
+        before = {s.rid: len(self.live[s.rid].tokens) for s in plan.slices if s.rid in self.live}
+        finished = super().commit(plan, new)
+        for req in finished:
+            req.tokens[before[req.rid] :] = new[req.rid]
+        return finished
+
+
+@pytest.mark.parametrize("bug", [KeepsRejectedGuesses, TakesTokensAfterTheEnd], ids=lambda bug: bug.__name__)
+def test_the_text_shows_a_bug_in_checking_guesses(bug: type[Scheduler]) -> None:
+    def is_found(seed: int) -> bool:
+        load = random_load(random.Random(seed))
+        try:
+            check_text(load, play(load, check=False, drafts=2, make_scheduler=bug))
+        except (AssertionError, ValueError, IndexError, KeyError):
+            return True
+        return False
+
+    assert any(is_found(seed) for seed in range(200))
+
+
 # Ranks that compute prompts and answers in two forms ---------------------------------------------------------------
 
 
@@ -161,11 +218,11 @@ def test_prompts_that_are_taken_for_answers_would_be_seen() -> None:
 
 
 class PublishesUnfilledPages(Scheduler):
-    def _slice(self, req: Request, n: int) -> Slice:
+    def _slice(self, req: Request, n: int, n_drafts: int = 0) -> Slice:
         before, req.done = req.done, len(req.pages) * self.pool.page
         self._publish(req)
         req.done = before
-        return super()._slice(req, n)
+        return super()._slice(req, n, n_drafts)
 
     def _grow(self, req: Request, n: int) -> bool:
         return super()._grow(req, max(n, len(req.tokens) - req.done))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from brigade.core.overlap import LONGEST_REST, Overlap, Way, cut
-from brigade.core.scheduler import LAST, Slice, StepPlan
+from brigade.core.scheduler import DRAFT, LAST, Slice, StepPlan
 
 
 def plan(*lengths: int) -> StepPlan:
@@ -65,6 +65,11 @@ def test_only_the_end_of_a_chunk_that_was_cut_samples() -> None:
     head, tail = cut(p, 2)
     assert head.slices == (Slice(7, (5, 6), 3, (1, 2), False),)
     assert tail.slices == (Slice(7, (7, LAST), 5, (1, 2), True),)
+
+
+def test_a_token_and_the_drafts_after_it_stay_together() -> None:
+    p = StepPlan(tuple(Slice(rid, (LAST, DRAFT), 3, (rid,), True) for rid in range(3)))
+    assert [[s.rid for s in part.slices] for part in cut(p, 2)] == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize("n", [0, 3])

@@ -22,8 +22,8 @@ def shape(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
     return [(s.rid, s.start, s.end, s.sample) for s in plan.slices]
 
 
-def say(plan: StepPlan, token: int = 99) -> dict[int, int]:
-    return {s.rid: token for s in plan.slices if s.sample}
+def say(plan: StepPlan, *tokens: int) -> dict[int, list[int]]:
+    return {s.rid: list(tokens or (99,)) for s in plan.slices if s.sample}
 
 
 def step(sched: Scheduler, token: int = 99) -> list[tuple[int, int, int, bool]]:
@@ -98,12 +98,12 @@ def test_a_prompt_runs_at_once_and_then_one_token_a_step() -> None:
     sched.add(Request(1, prompt(5), max_new=3))
     first = sched.plan()
     assert first == StepPlan((Slice(1, (0, 1, 2, 3, 4), 0, (0, 1), True, prompt_end=4),))
-    assert sched.commit(first, {1: 50}) == []
+    assert sched.commit(first, {1: [50]}) == []
     second = sched.plan()
     assert second == StepPlan((Slice(1, (50,), 5, (0, 1), True, prompt_end=4),))
-    assert sched.commit(second, {1: 51}) == []
+    assert sched.commit(second, {1: [51]}) == []
     third = sched.plan()
-    finished = sched.commit(third, {1: 52})
+    finished = sched.commit(third, {1: [52]})
     assert [r.tokens for r in finished] == [[*prompt(5), 50, 51, 52]]
     assert not sched.busy
 
@@ -121,8 +121,8 @@ def test_planning_ahead_stops_at_the_last_token() -> None:
     sched.add(Request(1, prompt(5), max_new=2))
     plans = [sched.plan() for _ in range(3)]
     assert [shape(p) for p in plans] == [[(1, 0, 5, True)], [(1, 5, 6, True)], []]
-    assert sched.commit(plans[0], {1: 50}) == []
-    assert [r.tokens[5:] for r in sched.commit(plans[1], {1: 51})] == [[50, 51]]
+    assert sched.commit(plans[0], {1: [50]}) == []
+    assert [r.tokens[5:] for r in sched.commit(plans[1], {1: [51]})] == [[50, 51]]
 
 
 def test_a_long_prompt_runs_in_chunks_and_only_the_last_one_samples() -> None:
@@ -465,7 +465,7 @@ def test_a_request_may_end_by_a_token_that_was_on_its_way_when_it_was_preempted(
         if len(pending) == depth:
             plan = pending.pop(0)
             new = {
-                s.rid: 9 if s.rid == 1 and len(sched.live[1].tokens) == page + stop_at else 50
+                s.rid: [9 if s.rid == 1 and len(sched.live[1].tokens) == page + stop_at else 50]
                 for s in plan.slices
                 if s.sample and s.rid in sched.live
             }
@@ -482,7 +482,7 @@ def test_pages_of_a_finished_request_stay_held_until_they_are_released() -> None
     sched = make(page=4)
     sched.add(Request(1, prompt(5), max_new=1))
     plan = sched.plan()
-    (request,) = sched.commit(plan, {1: 9})
+    (request,) = sched.commit(plan, {1: [9]})
     assert not sched.busy
     assert sched.pool.n_free == 62
     sched.release(request)
@@ -507,7 +507,7 @@ def test_a_late_end_of_sequence_costs_at_most_the_steps_in_flight(depth: int) ->
         n_computed += pending[-1].n_tokens
         if len(pending) == depth or not sched.busy:
             said += 1
-            for ended in sched.commit(pending.pop(0), {1: 9 if said == 4 else 50}):
+            for ended in sched.commit(pending.pop(0), {1: [9 if said == 4 else 50]}):
                 sched.release(ended)
     assert request.tokens[3:] == [50, 50, 50, 9]
     assert n_computed == 3 + 3 + (depth - 1)
@@ -578,7 +578,7 @@ def test_pages_of_an_aborted_request_that_steps_still_write_serve_the_next_one()
         sched.commit(plan, new)
     alone_sched, alone_rank = make(n_pages=3, page=2), FakeRank(3, 2)
     alone_sched.add(Request(1, [4, 4, 4], max_new=3))
-    assert second.tokens[3] == alone_rank.run(alone_sched.plan())[1]
+    assert second.tokens[3:4] == alone_rank.run(alone_sched.plan())[1]
 
 
 def test_many_identical_prompts_share_all_they_can() -> None:

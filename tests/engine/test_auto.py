@@ -135,6 +135,9 @@ def test_this_machine_has_cores_and_memory() -> None:
         ("max_step_tokens", 0),
         ("depth", 0),
         ("depth", 5),
+        ("drafts", -1),
+        ("drafts", 2),
+        ("drafts", True),
         ("threads", -1),
         ("kv_bytes", -1),
         ("max_context", -1),
@@ -155,3 +158,5 @@ def test_a_setting_that_cannot_work_is_refused_by_name(field: str, value: object
 def test_fewer_step_tokens_than_running_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="max_step_tokens"):
         EngineConfig(max_running=65, max_step_tokens=64)
+    with pytest.raises(ValueError, match="at least max_running times 2, with drafts 1"):
+        EngineConfig(max_running=33, max_step_tokens=64, drafts=1)

@@ -139,7 +139,9 @@ LAYOUTS = {
     "one rank to two, another chunk": config(
         unit("prefill-0", depth=2, max_step_tokens=24), unit("decode-0", ranks=2, depth=2)
     ),
-    "little room, TCP": config(unit("prefill-0"), unit("decode-0", max_running=3, kv_bytes=2 << 20), link="tcp"),
+    "little room, drafts, TCP": config(
+        unit("prefill-0", drafts=1), unit("decode-0", max_running=3, kv_bytes=2 << 20, drafts=1), link="tcp"
+    ),
     "NIXL": config(unit("prefill-0", ranks=2), unit("decode-0"), link="nixl"),
 }
 
@@ -170,6 +172,7 @@ async def ask_at_random(fleet: Fleet, rng: random.Random) -> list[list[int] | st
     ("units", "problem"),
     [
         ((unit("prefill-0"), unit("decode-0", page=8)), "page must be the same"),
+        ((unit("prefill-0"), unit("decode-0", drafts=1)), "drafts must be the same"),
         ((unit("prefill-0"),), "at least one prefill unit and one decode unit, or a mixed one"),
         ((unit("mixed-0"), unit("mixed-0")), "two units are called mixed-0"),
     ],

@@ -283,7 +283,7 @@ def step(side: Side, layers: Sequence[int] = (0, 1)) -> tuple[StepPlan, Wrote | 
 def computed(side: Side, token: int = 9) -> Request:
     """A prompt of five tokens whose first token is there."""
     req = begin(side)
-    assert side.scheduler.commit(step(side)[0], {1: token}) == [req]
+    assert side.scheduler.commit(step(side)[0], {1: [token]}) == [req]
     return req
 
 
@@ -319,12 +319,12 @@ def test_nothing_is_offered_of_a_request_that_has_lost_its_pages_until_it_runs_a
     older = Request(7, list(range(9)), 7)
     prefill.scheduler.add(older)
     while older.done < 9:
-        prefill.scheduler.commit(step(prefill)[0], {7: 3})
+        prefill.scheduler.commit(step(prefill)[0], {7: [3]})
     begin(prefill, n=6)
     plan, running = step(prefill, [0])
     assert ready(prefill)[0] > 2
     while prefill.scheduler.live[1].pages:
-        prefill.scheduler.commit(plan, {7: 3})
+        prefill.scheduler.commit(plan, {7: [3]})
         plan, _ = step(prefill, [])
     assert ready(prefill) == [2, 2]
     assert running is not None

@@ -9,7 +9,7 @@ import pytest
 
 from brigade.comm.channel import ChannelClosed
 from brigade.core.pages import PagePool
-from brigade.core.scheduler import Scheduler, StepPlan
+from brigade.core.scheduler import Scheduler, Slice, StepPlan
 from brigade.engine.loop import Loop
 from brigade.engine.messages import Abort, Add, Logprob, Ping, Pong, Refused, Stats, Step, Token
 from brigade.engine.worker import Wrote
@@ -20,7 +20,8 @@ EOS = 7
 
 
 class FakeWorker:
-    """Its n-th new token for request r is 100 r + n, unless `script` says otherwise."""
+    """Its n-th new token for request r is 100 r + n, unless `script` says otherwise. Of its guesses, every other one is
+    right."""
 
     def __init__(self, script: dict[tuple[int, int], int]) -> None:
         self.spec = SimpleNamespace(eos_ids=(EOS,))
@@ -36,16 +37,18 @@ class FakeWorker:
     def forget(self, rid: int) -> None:
         del self.n_new[rid]
 
-    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
+    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, list[Choice]]:
         self.ran.append(plan)
         assert {s.rid for s in plan.slices} <= set(self.n_new), "a step has a request that the worker does not know"
-        choices = {}
-        for s in plan.slices:
-            if s.sample:
-                n = self.n_new[s.rid] = self.n_new[s.rid] + 1
-                token = self.script.get((s.rid, n), 100 * s.rid + n)
-                choices[s.rid] = Choice(token, -0.5, ((token, -0.5),))
-        return choices
+        return {s.rid: self.choices(s) for s in plan.slices if s.sample}
+
+    def choices(self, s: Slice) -> list[Choice]:
+        out = []
+        for _ in range(1 + (s.n_drafts and self.n_new[s.rid] % 2)):
+            n = self.n_new[s.rid] = self.n_new[s.rid] + 1
+            token = self.script.get((s.rid, n), 100 * s.rid + n)
+            out.append(Choice(token, -0.5, ((token, -0.5),)))
+        return out
 
 
 class FakeChannel:
@@ -78,9 +81,11 @@ class Run:
         n_pages: int = 16,
         max_running: int = 8,
         max_step_tokens: int = 16,
+        drafts: int = 0,
     ) -> None:
         self.worker, self.channel = FakeWorker(script or {}), FakeChannel(dict(at))
-        self.scheduler = Scheduler(PagePool(n_pages, 4), max_step_tokens=max_step_tokens, max_running=max_running)
+        limits = {"max_step_tokens": max_step_tokens, "max_running": max_running}
+        self.scheduler = Scheduler(PagePool(n_pages, 4), **limits, drafts=drafts)
         self.loop = Loop(self.worker, self.scheduler, self.channel, depth)  # type: ignore[arg-type]
         self.loop.run()
         self.sent = list(self.channel.sent)
@@ -126,6 +131,20 @@ def test_end_of_sequence_stop_tokens_and_ignoring_them(depth: int) -> None:
     assert [t.finish for t in run.tokens(2)] == ["", "", "", "length"]
     assert [t.finish for t in run.tokens(3)] == ["", "stop"]
     assert run.nothing_is_left()
+
+
+def test_a_step_that_gives_several_tokens_tells_them_as_one_at_a_time_would() -> None:
+    at = {0: [add(rid, max_tokens=8, stop_token_ids=(9,)) for rid in (1, 2, 3, 4)]}
+    script = {(2, 4): 9, (3, 5): 9, (4, 3): EOS}
+    want, got = Run(at, 1, script), Run(at, 1, script, drafts=1)
+    for rid in (1, 2, 3, 4):
+        assert got.tokens(rid) == want.tokens(rid)
+        assert [t.finish for t in got.tokens(rid)][-1] == ("length" if rid == 1 else "stop")
+    assert len(got.worker.ran) < len(want.worker.ran)
+    stats = [m for m in got.sent if isinstance(m, Step)][-1].stats
+    assert (stats.n_drafted, stats.n_accepted) == (got.scheduler.n_drafted, got.scheduler.n_accepted)
+    assert 0 < stats.n_accepted < stats.n_drafted
+    assert got.nothing_is_left()
 
 
 @both_depths
@@ -240,7 +259,7 @@ def test_cached_prompt_tokens_are_told(depth: int) -> None:
 @both_depths
 def test_a_worker_that_fails_ends_the_loop(depth: int) -> None:
     class Broken(FakeWorker):
-        def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
+        def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, list[Choice]]:
             raise RuntimeError("out of memory")
 
     channel = FakeChannel({0: [add(1, max_tokens=2)]})
@@ -252,7 +271,7 @@ def test_a_worker_that_fails_ends_the_loop(depth: int) -> None:
 @pytest.mark.parametrize(("asked", "got"), [(1, {1}), (2, {2}), (0, {1, 2})])
 def test_steps_run_in_as_many_micro_batches_as_asked_for_or_both_ways_are_tried(asked: int, got: set[int]) -> None:
     class Counting(FakeWorker):
-        def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
+        def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, list[Choice]]:
             ran.add(n)
             return super().run(plan)
 

@@ -58,7 +58,7 @@ class LosingWorker(FakeWorker):
         super().__init__({})
         self.losses, self.n_runs = losses, 0
 
-    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
+    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, list[Choice]]:
         self.n_runs += 1
         if self.n_runs in self.losses:
             raise PeerLost([1], "was killed")
@@ -104,9 +104,11 @@ class Run:
         failing: set[int] | None = None,
         waiting: list[Any] | None = None,
         max_step_tokens: int = 16,
+        drafts: int = 0,
     ) -> None:
         self.worker, self.channel = LosingWorker(in_run or set()), FakeSupervisor(dict(at), waiting or [])
-        self.scheduler = Scheduler(PagePool(16, 4), max_step_tokens=max_step_tokens, max_running=8)
+        limits = {"max_step_tokens": max_step_tokens, "max_running": 8}
+        self.scheduler = Scheduler(PagePool(16, 4), **limits, drafts=drafts)
         membership = FakeMembership(FakeGroup(in_share or set()), failing or set())
         self.loop = Loop(self.worker, self.scheduler, self.channel, depth, membership)  # type: ignore[arg-type]
         self.loop.run()
@@ -146,7 +148,8 @@ def test_losses_again_and_again_change_no_token(depth: int, seed: int) -> None:
         rng.randrange(12): [add(rid, n_prompt=rng.randint(1, 20), max_tokens=rng.randint(1, 9))] for rid in (1, 2, 3, 4)
     }
     losses = {"in_share": set(rng.sample(range(1, 40), 5)), "in_run": set(rng.sample(range(1, 40), 5))}
-    run = Run(at, depth, **losses, failing={3, 4}, max_step_tokens=rng.choice((8, 11, 64)))
+    few_or_many = rng.choice((8, 11, 64))
+    run = Run(at, depth, **losses, failing={3, 4}, max_step_tokens=few_or_many, drafts=seed % 2)
     for messages in at.values():
         for m in messages:
             assert [t.token for t in run.tokens(m.rid)] == [100 * m.rid + n for n in range(1, m.params.max_tokens + 1)]
@@ -190,7 +193,7 @@ def test_a_step_behind_one_that_was_given_up_is_not_run() -> None:
 @both_depths
 def test_a_worker_that_fails_while_others_are_lost_ends_the_loop(depth: int) -> None:
     class Broken(LosingWorker):
-        def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
+        def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, list[Choice]]:
             raise RuntimeError("out of memory")
 
     channel = FakeSupervisor({0: [add(1, max_tokens=2)]}, [])

@@ -49,11 +49,13 @@ def texts(config: dict[str, object], prompts: list[list[int]]) -> list[list[int]
         {"ranks": 4, "micro_batches": 2, "depth": 2, "max_step_tokens": 32, "max_running": 3},
         {"ranks": 3, "micro_batches": 1},
         {"ranks": 3, "micro_batches": 2, "dtype": "float32"},
+        {"ranks": 3, "drafts": 1, "redundant_experts": 5, "micro_batches": 2, "wire": "int8", "max_running": 3},
     ],
     ids=[
         *("2 ranks", "3 uneven ranks, plans ahead, small chunks", "4 ranks, int8", "3 ranks on torch"),
         *("int8 on the wire", "fp8 on the wire", "bf16 on the wire", "fp8 on the wire, torch"),
         *("2 micro-batches", "2 micro-batches, plans ahead, small chunks", "1 micro-batch", "2 micro-batches, torch"),
+        "drafts, redundant experts, 2 micro-batches, int8 on the wire",
     ],
 )
 def test_greedy_text_does_not_depend_on_ranks(settings: dict[str, object]) -> None:

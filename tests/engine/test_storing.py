@@ -53,7 +53,7 @@ class WritingWorker(FakeWorker):
         super().add(rid, prompt, params)
         self.prompts[rid] = prompt
 
-    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, Choice]:
+    def run(self, plan: StepPlan, n: int = 1, wrote: Wrote | None = None) -> dict[int, list[Choice]]:
         cache = self.rows.memory.reshape(2, N_PAGES, PAGE, ROW)
         for s in plan.slices:
             for at, token in enumerate(s.tokens, s.start):

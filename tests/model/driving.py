@@ -27,8 +27,8 @@ class Served(NamedTuple):
     requests: list[Request]
 
 
-def load(folder: Path, n_pages: int = 64, page: int = 8, context: int = 512) -> Worker:
-    spec = read_spec(folder)
+def load(folder: Path, n_pages: int = 64, page: int = 8, context: int = 512, drafts: int = 0) -> Worker:
+    spec = read_spec(folder, drafts)
     weights = Checkpoint(folder, spec).load(torch.float32)
     model = MODELS[spec.architecture](spec, weights)
     model.attach(KvCache(spec, n_pages, page, torch.float32), context)
@@ -65,9 +65,10 @@ def generate(
         max_step_tokens=max_step_tokens,
         max_running=max_running,
         share_answers=not worker.model.two_forms,
+        drafts=int(worker.spec.drafting),
     )
     requests = [Request(i, list(p), n, stop_ids) for i, (p, n) in enumerate(zip(prompts, n_new, strict=True))]
-    arriving, pending, turn = deque(requests), deque[tuple[StepPlan, dict[int, int]]](), 0
+    arriving, pending, turn = deque(requests), deque[tuple[StepPlan, dict[int, list[int]]]](), 0
     worker.histories.clear()
     while arriving or sched.busy or pending:
         while arriving and (not arrive_every or turn % arrive_every == 0):
@@ -79,7 +80,7 @@ def generate(
         turn += 1
         plan = sched.plan()
         if plan:
-            pending.append((plan, {rid: c.token for rid, c in worker.run(plan).items()}))
+            pending.append((plan, {rid: [c.token for c in cs] for rid, cs in worker.run(plan).items()}))
         if pending and (len(pending) >= depth or not plan):
             for done in sched.commit(*pending.popleft()):
                 sched.release(done)

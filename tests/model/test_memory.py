@@ -15,8 +15,9 @@ from brigade.model.deepseek import DeepSeek
 from brigade.model.weights import Checkpoint
 from brigade.spec.config import read_spec
 from brigade.spec.memory import WeightKind, weight_bytes
+from brigade.spec.model import ModelSpec
 
-SPEC = read_spec(DEMO_MODEL)
+SPEC, DRAFTING = read_spec(DEMO_MODEL), read_spec(DEMO_MODEL, drafts=1)
 NOT_WEIGHTS = ("cache", "cos", "sin", "spec", "_rest")
 """The last one is memory that no weight has taken yet."""
 
@@ -38,22 +39,24 @@ def held(value: Any, depth: int = 0) -> dict[int, int]:
     return out
 
 
+@pytest.mark.parametrize("spec", [SPEC, DRAFTING], ids=["", "drafts"])
 @pytest.mark.parametrize("experts", [range(32), range(8, 24)])
-def test_on_torch_to_the_byte(experts: range) -> None:
-    layers = [experts] * (SPEC.n_layers - SPEC.n_dense)
-    model = DeepSeek(SPEC, Checkpoint(Path(DEMO_MODEL), SPEC, layers).load(torch.float32))
+def test_on_torch_to_the_byte(experts: range, spec: ModelSpec) -> None:
+    layers = [experts] * spec.n_moe
+    model = DeepSeek(spec, Checkpoint(Path(DEMO_MODEL), spec, layers).load(torch.float32))
     n_slots = len(experts)
-    assert sum(held(model).values()) == sum(weight_bytes(SPEC, "float32", n_slots).values())
+    assert sum(held(model).values()) == sum(weight_bytes(spec, "float32", n_slots).values())
 
 
+@pytest.mark.parametrize("drafts", [0, 1])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_on_the_kernels_but_for_their_padding(kind: WeightKind) -> None:
+def test_on_the_kernels_but_for_their_padding(kind: WeightKind, drafts: int) -> None:
     if not isinstance(library := find_library(read_cpu().features), Built):
         pytest.skip(f"no C++ kernels here: {library}")
     worker, _ = Worker.load(
-        EngineConfig(weights=kind, kv_bytes=1 << 20),  # type: ignore[arg-type]
+        EngineConfig(weights=kind, kv_bytes=1 << 20, drafts=drafts),  # type: ignore[arg-type]
         auto.this_machine(),
         lambda done, total: None,
     )
-    said, real = sum(weight_bytes(SPEC, kind, 32).values()), sum(held(worker.model).values())
+    said, real = sum(weight_bytes(worker.spec, kind, 32).values()), sum(held(worker.model).values())
     assert 0.97 * real < said <= real

@@ -85,13 +85,14 @@ DEMO = Path(brigade.__file__).parent / "demo"
 
 
 def loaded_bytes(folder: Path, spec: ModelSpec, experts: range | None = None) -> int:
-    layers = None if experts is None else [experts] * (spec.n_layers - spec.n_dense)
+    layers = None if experts is None else [experts] * spec.n_moe
     tensors = Checkpoint(folder, spec, layers).load(torch.bfloat16).values()
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def test_the_demo_model_as_loaded_to_the_byte() -> None:
-    spec = read_spec(DEMO)
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_the_demo_model_as_loaded_to_the_byte(drafts: int) -> None:
+    spec = read_spec(DEMO, drafts)
     assert weight_bytes(facts(spec, AS_LOADED)) == loaded_bytes(DEMO, spec)
 
 
@@ -113,6 +114,8 @@ def test_tiny_random_models_to_the_byte(kind: str, tmp_path: Path) -> None:
     assert weight_bytes(facts(spec, AS_LOADED)) == loaded_bytes(tmp_path, spec)
 
 
-def test_the_cache_of_the_demo_model_to_the_byte() -> None:
-    cache = KvCache(read_spec(DEMO), 7, 16, torch.bfloat16).layers
-    assert facts(read_spec(DEMO), AS_LOADED).kv_bytes * 7 * 16 == cache.numel() * cache.element_size()
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_the_cache_of_the_demo_model_to_the_byte(drafts: int) -> None:
+    spec = read_spec(DEMO, drafts)
+    cache = KvCache(spec, 7, 16, torch.bfloat16).layers
+    assert facts(spec, AS_LOADED).kv_bytes * 7 * 16 == cache.numel() * cache.element_size()

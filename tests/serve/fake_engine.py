@@ -192,7 +192,9 @@ class FakeEngine:
         return self.state
 
     def stats(self) -> Stats:
-        return Stats(n_steps=7, running=len(self.running), waiting=3, pages_used=10, n_preempted=2)
+        return Stats(
+            n_steps=7, running=len(self.running), waiting=3, pages_used=10, n_preempted=2, n_drafted=9, n_accepted=6
+        )
 
     def handovers(self) -> tuple[dict[str, int], Counter[str], float]:
         return {"decoding": len(self.running)}, Counter(fetched=2), 0.5

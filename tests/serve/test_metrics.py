@@ -52,6 +52,8 @@ async def test_metrics_show_what_the_engine_reported(engine: FakeEngine) -> None
         "brigade_engine_ready": 1,
         "brigade_num_preemptions_total": 2,
         "brigade_steps_total": 7,
+        "brigade_spec_decode_num_draft_tokens_total": 9,
+        "brigade_spec_decode_num_accepted_tokens_total": 6,
     }
     assert {name: found.get(name) for name in expected} == expected
     assert abs(found["brigade_time_per_output_token_seconds_sum"] - 0.04) < 1e-9

@@ -35,8 +35,8 @@ def error_of(data: object, line_of: dict[Any, int] | None = None) -> str:
 
 def test_the_set_of_keys_is_small_and_known() -> None:
     top = (
-        "model weights rank_memory listen api_key_file admin_listen admin_key_file gateway host_port secret_file "
-        "link units limits change_roles"
+        "model weights drafts rank_memory listen api_key_file admin_listen admin_key_file gateway host_port "
+        "secret_file link units limits change_roles"
     )
     assert " ".join(KEYS) == top
     assert " ".join(UNIT_KEYS) == "role name count hosts ranks_per_host redundant_experts limits"

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,19 @@ def test_the_table_names_the_tensors_of_the_demo_model_except_its_draft_layer() 
     spec = read_spec(DEMO)
     main = {n: s for n, s in stored(DEMO / "model.safetensors").items() if not n.startswith("model.layers.4.")}
     assert described(spec) == main
+
+
+def test_with_drafts_the_table_names_all_tensors_of_the_demo_model() -> None:
+    assert described(read_spec(DEMO, drafts=1)) == stored(DEMO / "model.safetensors")
+
+
+def test_the_draft_layer_of_deepseek_v3_has_12_billion_parameters_of_its_own() -> None:
+    """Published: 14 billion, with embedding and head, which are the main model's."""
+    spec = published("deepseek_v3")
+    more = replace(spec, drafting=True)
+    assert count(more) - count(spec) == pytest.approx(11.6e9, rel=0.01)
+    assert more.n_blocks == 62
+    assert more.n_moe == 59
 
 
 def test_experts_are_stacked_along_an_axis_that_ranks_may_share() -> None:

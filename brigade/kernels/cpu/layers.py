@@ -53,6 +53,16 @@ class Kernels:
         self.pool = self.library.pool_new(n_threads)
         self._memory = LargePages()
 
+    def normalise(self, x_TD: Tensor, norm: Tensor, eps: float, dim: int) -> Tensor:
+        """bf16 rows [T, stride] of float32 ones, of which `dim` numbers count."""
+        stride = x_TD.stride(0)
+        out = torch.empty(x_TD.shape, dtype=torch.bfloat16)
+        self.library.norm_and_route(
+            *(self.pool, x_TD.data_ptr(), stride, norm.data_ptr(), eps, dim, len(x_TD)),
+            *(out.data_ptr(), stride, None, None, None, 0),
+        )
+        return out
+
     def pack(self, weights: list[Tensor], kind: Kind, paired: bool = False) -> Packed:
         return pack(self.library, weights, kind, paired, self._memory)
 
@@ -282,18 +292,14 @@ class Head:
 
     def __init__(self, kernels: Kernels, spec: ModelSpec, read: Read, weight: Tensor, kind: Kind) -> None:
         self._kernels, self._dim, self._eps, self._vocab = kernels, spec.dim, spec.norm_eps, spec.vocab
-        self._norm = read("model.norm.weight").float()
+        self.norm = read("model.norm.weight").float()
         self._packed = kernels.pack([weight], for_linear(kind))
 
-    def __call__(self, residual_RD: Tensor) -> Tensor:
-        """float32 [R, V] from float32 rows [R, stride]."""
+    def __call__(self, residual_RD: Tensor, norm: Tensor | None = None) -> Tensor:
+        """float32 [R, V] from float32 rows [R, stride]. `norm`: the weights of another norm than the model's last."""
         k, n, stride = self._kernels, residual_RD.shape[0], residual_RD.stride(0)
-        x = torch.empty(n, stride, dtype=torch.bfloat16)
+        x = k.normalise(residual_RD, self.norm if norm is None else norm, self._eps, self._dim)
         logits = torch.empty(n, self._vocab)
-        k.library.norm_and_route(
-            *(k.pool, residual_RD.data_ptr(), stride, self._norm.data_ptr(), self._eps, self._dim, n),
-            *(x.data_ptr(), stride, None, None, None, 0),
-        )
         k.library.linear_float(k.pool, self._packed.matrix, x.data_ptr(), n, stride, logits.data_ptr(), self._vocab)
         return logits
 
