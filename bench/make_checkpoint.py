@@ -2,6 +2,7 @@
 
     python -m bench.make_checkpoint /tmp/mid                   1.26 B parameters, 0.26 B active: the one of the tables
     python -m bench.make_checkpoint /tmp/tiny --preset tiny    0.6 M parameters: for trying the scripts
+    python -m bench.make_checkpoint /tmp/mid-mtp --mtp         with a multi-token-prediction layer: what drafts cost
 
 Speed depends on shapes and not on what the weights mean, so random ones serve; they are drawn so that activations keep
 their size through the layers and greedy choices have margins above rounding. Every reader of Hugging Face checkpoints
@@ -118,8 +119,9 @@ class Tensor:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def make_checkpoint(folder: Path, preset: str, seed: int, shard_bytes: int) -> dict[str, Any]:
-    """Write the checkpoint into `folder`, which must not hold one yet, and say what it is.
+def make_checkpoint(folder: Path, preset: str, seed: int, shard_bytes: int, mtp: bool = False) -> dict[str, Any]:
+    """Write the checkpoint into `folder`, which must not hold one yet, and say what it is. `mtp`: with one
+    multi-token-prediction layer; the other tensors are the same with it and without.
 
     Raises ValueError for an unknown preset and FileExistsError if there is a config.json already.
     """
@@ -132,8 +134,8 @@ def make_checkpoint(folder: Path, preset: str, seed: int, shard_bytes: int) -> d
     write_tokenizer(folder, sizes["vocab_size"])
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False})
     # config.json comes before the weights because the table of parameters is read from it
-    write_json(folder / "config.json", config(sizes))
-    spec = read_spec(folder)
+    write_json(folder / "config.json", config(sizes) | {"num_nextn_predict_layers": int(mtp)})
+    spec = read_spec(folder, drafts=int(mtp))
     write_weights(folder, list(tensors(spec)), seed, shard_bytes)
     return {"preset": preset, "seed": seed, "parameters": count(spec), "active_parameters": round(active(spec))}
 
@@ -153,7 +155,6 @@ def config(sizes: dict[str, int]) -> dict[str, Any]:
         "initializer_range": WEIGHT_STD,
         "moe_layer_freq": 1,
         "norm_topk_prob": True,
-        "num_nextn_predict_layers": 0,
         "rms_norm_eps": 1e-06,
         "rope_theta": 10000.0,
         "routed_scaling_factor": 2.5,
@@ -277,10 +278,11 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=list(PRESETS), default="mid")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--shard-bytes", type=int, default=1_000_000_000)
+    parser.add_argument("--mtp", action="store_true", help="with one multi-token-prediction layer")
     a = parser.parse_args(args)
     start = time.monotonic()
     try:
-        made = make_checkpoint(a.folder, a.preset, a.seed, a.shard_bytes)
+        made = make_checkpoint(a.folder, a.preset, a.seed, a.shard_bytes, a.mtp)
     except (OSError, ValueError) as e:
         print(e, file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from bench import handover, interference, limits, make_checkpoint, peers, ranks, rebalance, session
+from bench import drafts, handover, interference, limits, make_checkpoint, peers, ranks, rebalance, session
 from bench.child import Child, ChildFailed, JobRefused
 from bench.engines.wire import Options, decoded
 from bench.limits import Limits
@@ -58,6 +58,16 @@ class TestCheckpoint:
         assert stored(tmp_path / "again") == stored(tiny)
         assert stored(tmp_path / "other") != stored(tiny)
 
+    def test_with_a_layer_that_drafts_the_other_tensors_are_the_same(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(make_checkpoint, "write_tokenizer", lambda *_: None)
+        make_checkpoint.make_checkpoint(tmp_path, "tiny", seed=1, shard_bytes=10**9, mtp=True)
+        without, found = stored(tiny), stored(tmp_path)
+        assert {name: found[name] for name in without} == without
+        assert {name.rsplit(".", 2)[0][:14] for name in found.keys() - without.keys()} == {"model.layers.3"}
+        assert sum(len(v) for v in found.values()) == 4 * count(read_spec(tmp_path, drafts=1))
+
     def test_has_a_tokenizer_that_fills_the_vocabulary_and_gives_text_back(self, tiny: Path) -> None:
         tokenizer = Tokenizer(tiny)
         text = "def größe(x):\n    return 12345 # 漢字"
@@ -74,6 +84,16 @@ class TestCheckpoint:
         (tmp_path / "config.json").write_text(json.dumps(sizes))
         spec = read_spec(tmp_path)
         assert (round(count(spec) / 1e9, 3), round(active(spec) / 1e9, 3)) == (1.259, 0.258)
+
+
+class TestDrafts:
+    def test_a_step_with_drafts_gives_more_tokens_and_takes_longer(self) -> None:
+        """150 tokens/s where a step gives 1.5 of them are 100 steps/s, against 120 without."""
+        found = {(8, 0): [drafts.Round(120.0, [], 0, 0)] * 3, (8, 1): [drafts.Round(150.0, [], 40, 20)] * 3}
+        table = drafts.table([8], found)
+        assert [next(iter(column.cells)) for column in table.columns] == [
+            *("8", "120", "120-120", "150", "150-150", "1.25", "50.0%", "1.20 x")
+        ]
 
 
 class TestDecodeRate:
