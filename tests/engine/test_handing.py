@@ -47,7 +47,8 @@ class Side:
         self.handing = Handing(worker, self.scheduler, channel, None if fetches else self.offers, fetches)
         self.skipped = 0.0
         clock = time.monotonic
-        monkeypatch.setattr(handing, "time", SimpleNamespace(monotonic=lambda: clock() + self.skipped))
+        times = {"monotonic": lambda: clock() + self.skipped, "monotonic_ns": time.monotonic_ns}
+        monkeypatch.setattr(handing, "time", SimpleNamespace(**times))
 
     def turns(self, kind: type[Any]) -> list[Any]:
         """Go round until something of this kind was sent; what has begun to run meanwhile."""
