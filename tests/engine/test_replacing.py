@@ -288,7 +288,7 @@ async def test_ranks_are_lost_one_after_another_and_all_pages_come_back() -> Non
         assert await until(lambda: ranks.engine.stats().running == 0, 3)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.05])
 async def test_closing_while_a_rank_is_replaced_leaves_no_process(seconds: float) -> None:
     async with serving(rank_deadline=30.0) as ranks:
         generations = [await ranks.engine.submit(p, LONG) for p in prompts(4, 20)]
