@@ -156,7 +156,7 @@ def _values(deployed: Deployed, spec: ModelSpec) -> tuple[Value, ...]:
 def _roles(d: Deployment) -> tuple[str, str]:
     if (targets := d.change_roles) is None:
         return "change when told to", "change_roles not given"
-    aim = f"prefill within {targets.prefill_seconds:g} s, room to decode within {targets.decode_seconds:g} s"
+    aim = f"prompts begin within {targets.prefill_seconds:g} s, room to decode within {targets.decode_seconds:g} s"
     return "change by waiting times", aim
 
 

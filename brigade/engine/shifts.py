@@ -20,7 +20,7 @@ LOOK_EVERY = 5.0
 MOST = 4096
 """Waits that are remembered between two looks; where nobody looks, the last ones."""
 _SIDE: dict[State, Side] = {State.ROUTED: "decode", State.PREFILLING: "prefill"}
-"""What a request waits for in each of these states: room on a decode rank, or the first token of a prefill rank."""
+"""What a request waits for in each of these states: room on a decode rank, or a prefill rank that begins with it."""
 
 
 class Waits:

@@ -77,7 +77,7 @@ class ChangeRoles:
     """How long requests should wait, for units to change between prefill and decode by."""
 
     prefill_seconds: float = 2.0
-    """From the moment that a decode rank has room for a prompt to its first token."""
+    """From the moment that a decode rank has room for a prompt until a prefill rank begins to compute it."""
     decode_seconds: float = 0.5
     """Until a decode rank has room."""
 
