@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,14 @@ class Metrics:
                 yield series, float(value)
 
 
+def still_running(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended within this time. Whose parent is gone may wait a while for the system to bury it."""
+    until = time.monotonic() + seconds
+    while (left := [p for p in processes if _runs(p)]) and time.monotonic() < until:
+        time.sleep(0.02)
+    return left
+
+
 def shared_memory() -> set[str]:
     """Files with a name in the machine's shared memory."""
     return set(os.listdir("/dev/shm"))
@@ -208,3 +216,10 @@ def _name(process: psutil.Process) -> str:
         return process.name()
     except psutil.NoSuchProcess:
         return ""
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from bench.deployment import Answer, Gateway, ask, shared_memory
+from bench.deployment import Answer, Gateway, ask, shared_memory, still_running
 from bench.servers import free_port
 from bench.soak_report import Tally, report
 from brigade import Brigade, SamplingParams
@@ -146,7 +146,7 @@ class Soak:
         self.gone += 1
         family = self.gateway.family()
         await self.gateway.kill()
-        if left := psutil.wait_procs(family, timeout=5)[1]:
+        if left := still_running(family, 5):
             self.tally.problems.append(f"a killed gateway left {left}")
         await self.gateway.start()
         self.gone += 1
@@ -291,7 +291,7 @@ async def measure(options: argparse.Namespace) -> int:
             family = gateway.family()
         finally:
             code = await gateway.end()
-        if code or psutil.wait_procs(family, timeout=5)[1] or shared_memory() - files:
+        if code or still_running(family, 5) or shared_memory() - files:
             soak.tally.problems.append(f"it ended with {code}, or left processes or shared memory")
     fleet = f"{N_RANKS} ranks in 2 prefill and 2 decode units"
     text = report(soak.tally, f"{options.minutes:g} minutes, seed {options.seed}, {CLIENTS} clients, {fleet}")

@@ -6,11 +6,10 @@ import signal
 from collections.abc import AsyncIterator
 
 import httpx
-import psutil
 import pytest
 import pytest_asyncio
 
-from bench.deployment import Answer, Gateway, ask, shared_memory
+from bench.deployment import Answer, Gateway, ask, shared_memory, still_running
 from bench.servers import free_port
 from tests.scenarios.one_rank import LONG, PROMPTS, text
 
@@ -34,7 +33,7 @@ async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gat
     yield gateway
     family += gateway.family()
     assert await gateway.end() == 0, gateway.log.read_text()
-    assert not psutil.wait_procs(set(family), timeout=2)[1]
+    assert not still_running(family, 2)
     assert shared_memory() <= files
 
 
@@ -141,7 +140,7 @@ async def test_a_killed_gateway_leaves_nothing_and_clients_come_back(gateway: Ga
     assert {a.failure for a in broken} <= {"", "broken stream", "no connection"}
     assert [a.failure for a in broken if a.failure]
     assert all(text(p).startswith(a.text) for a, p in zip(broken, PROMPTS, strict=True))
-    assert not psutil.wait_procs(family, timeout=5)[1]
+    assert not still_running(family, 5)
     await gateway.start()
     async with gateway.client() as client:
         assert await ask_all(client, PROMPTS) == [Answer(text(p)) for p in PROMPTS]
