@@ -168,7 +168,7 @@ class Recorded:
 
     def __init__(self, model: CpuModel) -> None:
         self.model, self.rows = model, dict[tuple[int, int], Tensor]()
-        self.two_forms = model.two_forms
+        self.two_forms, self.laps = model.two_forms, model.laps
 
     def forward(self, batch: Batch) -> Tensor:
         out = self.model.forward(batch)
