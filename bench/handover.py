@@ -31,7 +31,7 @@ class Clock(Unobserved):
     def __init__(self) -> None:
         self.first, self.gaps = 0.0, list[float]()
 
-    def first_token(self, seconds: float, n_prompt: int, n_cached: int) -> None:
+    def first_token(self, seconds: float, n_prompt: int, n_cached: int, n_stored: int) -> None:
         self.first, self.gaps = seconds, []
 
     def next_token(self, seconds: float) -> None:

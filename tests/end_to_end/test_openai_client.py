@@ -41,7 +41,7 @@ def test_a_stream_says_what_one_answer_says(client: OpenAI) -> None:
     chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 40
-    assert sum(len(c.choices) for c in chunks) > 20  # it did come in pieces
+    assert sum(len(c.choices) for c in chunks) > 5  # it did come in pieces; a slow reader finds several tokens in one
 
 
 async def test_many_at_once_say_what_each_says_alone(server: Server) -> None:

@@ -119,7 +119,7 @@ async def test_requests_are_shared_out_and_all_pages_come_back(pair: Engine) -> 
     generations = [await pair.submit([5 + i, 6, 7], LONG) for i in range(6)]
     while pair.stats().running < 6:
         await asyncio.sleep(0.01)
-    assert [s.running for s in pair._stats] == [3, 3]
+    assert [s.running for s in pair.rank_stats()] == [3, 3]
     for generation in generations:
         generation.cancel()
     async with asyncio.timeout(5):
