@@ -3,7 +3,8 @@
 1. started in a session of its own, so that Ctrl-C at the terminal reaches the chat alone; its stdin is a pipe that
    closes with this process, however this process ends, and then it ends too (--until-eof)
 2. its stderr is ours: the progress of loading and its one-line errors appear where the person looks
-3. ready when it prints the line of READY; ended by SIGINT, and killed if it does not follow within CLOSE_DEADLINE
+3. ready when it prints the line of READY; ended by SIGTERM (a shell may have told it to ignore SIGINT), and
+   killed if it does not follow within CLOSE_DEADLINE
 """
 
 import os
@@ -78,7 +79,7 @@ class OwnServer:
     def close(self) -> None:
         """End the child and wait for it; harmless when it has ended."""
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(self._close_deadline)
         except subprocess.TimeoutExpired:

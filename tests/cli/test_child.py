@@ -34,9 +34,13 @@ def ended_within(pid: int, seconds: float) -> bool:
     return not alive(pid)
 
 
-def test_the_address_comes_from_the_ready_line_and_sigint_ends_the_child(tmp_path: Path) -> None:
+def test_the_address_comes_from_the_ready_line_and_sigterm_ends_the_child(tmp_path: Path) -> None:
     note = tmp_path / "note"
-    code = READY + f"\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open({str(note)!r}, 'w').write('clean')"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as in the background of a script
+        f"def end(*_): open({str(note)!r}, 'w').write('clean'); raise SystemExit\n"
+        f"signal.signal(signal.SIGTERM, end)\n{READY}\ntime.sleep(60)"
+    )
     with OwnServer(python(code), None) as server:
         assert server.url == "http://127.0.0.1:1"
         pid = server._process.pid
@@ -52,9 +56,9 @@ def test_the_key_travels_through_the_environment() -> None:
     assert "secret-key" not in serve_command("model")
 
 
-def test_a_child_that_ignores_sigint_is_killed_with_all_it_started() -> None:
+def test_a_child_that_ignores_sigterm_is_killed_with_all_it_started() -> None:
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "import subprocess, sys, time\n"
         "grandchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "print(f'Brigade is ready at {grandchild.pid}', flush=True); time.sleep(60)"
