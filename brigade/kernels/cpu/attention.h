@@ -12,6 +12,10 @@
 //
 //     lanes of a decode:  | row 0, even pair | row 0, odd pair | row 1, even pair | ...    times    | even pair | odd pair | even ..
 //
+// A decode computes little with what it reads, and finds it in no cache of the processor: a layer's weights have passed since
+// the last step. So while folded lanes compute a chunk, the rows of the chunk after it are fetched, at the end those of the
+// next task, a line of a row now and a line of another then: many at once would wait for each other.
+//
 // The softmax is computed online (arXiv:1805.02867; FlashAttention, arXiv:2205.14135) in chunks of CHUNK keys, and afresh in
 // every SPLIT keys; the splits are folded in order. Chunks and splits lie at fixed positions, and a key that a lane may not
 // see changes nothing in it, so a row's result is the same, bit by bit, in a decode, in any chunk of a prefill, and beside
@@ -47,6 +51,12 @@ struct Cache {
   const bf16* row(const Sequence& s, int64_t position, int64_t width) const {
     return rows + ((int64_t)pages[s.first_page + position / page] * page + position % page) * width;
   }
+};
+
+// Some keys of a sequence, and whose head they are read for.
+struct Keys {
+  const Sequence* sequence;
+  int64_t kv_head, from, n;
 };
 
 // The running softmax of LANES query rows: maximum, sum, and the weighted values so far.
@@ -103,6 +113,9 @@ class Attention {
 
   int64_t n_keys() const { return last_[LANES - 1] + 1; }
 
+  // What is read after all this, so that it can be fetched. n 0: nothing is known of it.
+  void load_next(const Keys& after) { after_ = after; }
+
   // Keys of one split, into `split()`.
   void run_split(int64_t i) {
     for (int lane = 0; lane < LANES; lane++) split_.most[lane] = NOTHING, split_.sum[lane] = 0;
@@ -110,7 +123,8 @@ class Attention {
     bool fresh = true;
     for (int64_t key = i * SPLIT; key < end; key += CHUNK, fresh = false) {
       const int n = (int)std::min<int64_t>(CHUNK, end - key);
-      gather(key, n);
+      gather(sequence_, key, n, rows_);
+      if (folded_) look_ahead(key + CHUNK);
       score(n);
       hide(key, n);
       soften(n);
@@ -166,19 +180,32 @@ class Attention {
 
  private:
   // Row pointers of the chunk's keys; the last is repeated, so that pairs and tiles may read past the end.
-  void gather(int64_t key, int n) {
+  void gather(const Sequence& sequence, int64_t key, int n, const bf16** rows) const {
     const int64_t page = cache_.page;
     for (int i = 0; i < n;) {
-      const bf16* row = cache_.row(sequence_, key + i, heads_.row_width);
-      for (int64_t left = page - (key + i) % page; left > 0 && i < n; left--, i++, row += heads_.row_width) rows_[i] = row;
+      const bf16* row = cache_.row(sequence, key + i, heads_.row_width);
+      for (int64_t left = page - (key + i) % page; left > 0 && i < n; left--, i++, row += heads_.row_width) rows[i] = row;
     }
-    for (int i = n; i < CHUNK; i++) rows_[i] = rows_[n - 1];
+    for (int i = n; i < CHUNK; i++) rows[i] = rows[n - 1];
+  }
+
+  // Rows to fetch while those of this chunk are computed: of the next chunk, which begins at `key`, or of the next task. If
+  // there is none, those of this chunk once more, which costs next to nothing.
+  void look_ahead(int64_t key) {
+    const int64_t left = n_keys() - key;
+    const Keys next = left > 0 ? Keys{&sequence_, kv_head_, key, left} : after_;
+    next_head_ = next.n ? next.kv_head : kv_head_;
+    if (next.n)
+      gather(*next.sequence, next.from, (int)std::min<int64_t>(CHUNK, next.n), next_);
+    else
+      memcpy(next_, rows_, sizeof rows_);
   }
 
   template <int M>
-  inline __attribute__((always_inline)) void score_tile(const bf16* const* rows, int64_t offset, float* to) const {
+  inline __attribute__((always_inline)) void score_tile(int i, int64_t offset) const {
     const char* at[M];
-    UNROLL for (int m = 0; m < M; m++) at[m] = (const char*)(rows[m] + offset);
+    UNROLL for (int m = 0; m < M; m++) at[m] = (const char*)(rows_[i + m] + offset);
+    float* to = scores_ + i * LANES;
     __m512 sum[M][L];
     if (!two_chains()) {
       multiply_bf16<M, LANES, LANES>(at, (const char*)queries_, n_pairs_, nullptr, sum);
@@ -186,7 +213,11 @@ class Attention {
       return;
     }
     if constexpr (L == 1)
-      if (folded_) return score_folded<M>(at, queries_, n_pairs_, to);
+      if (folded_) {
+        const char* next[M];
+        UNROLL for (int m = 0; m < M; m++) next[m] = (const char*)(next_[i + m] + heads_.key_at + next_head_ * heads_.key_step);
+        return score_folded<M>(at, next, queries_, n_pairs_, to);
+      }
     multiply_bf16<M, LANES, 2 * LANES, 8>(at, (const char*)queries_, (n_pairs_ + 1) / 2, nullptr, sum);
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int j = 0; j < L; j++) _mm512_store_ps(to + m * LANES + 16 * j, sum[m][j]);
     UNROLL for (int m = 0; m < M; m++) at[m] += 4;
@@ -197,19 +228,28 @@ class Attention {
     }
   }
 
-  // Scores of up to 8 query rows, whose even and odd pairs are beside each other.
+  // Scores of up to 8 query rows, whose even and odd pairs are beside each other. next: rows to fetch meanwhile.
   template <int M>
-  INLINE void score_folded(const char* const* at, const uint32_t* queries, int64_t n_pairs, float* to) {
+  INLINE void score_folded(const char* const* at, const char* const* next, const uint32_t* queries, int64_t n_pairs, float* to) {
     __m512 sum[M];
     UNROLL for (int m = 0; m < M; m++) sum[m] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < n_pairs / 2; k++) {
+    auto add = [&](int64_t k) __attribute__((always_inline)) {
       const __m512bh q = load_pairs(queries + 16 * k);
       UNROLL for (int m = 0; m < M; m++) {
         int64_t two_pairs;
         memcpy(&two_pairs, at[m] + 8 * k, 8);
         sum[m] = _mm512_dpbf16_ps(sum[m], q, (__m512bh)_mm512_set1_epi64(two_pairs));
       }
+    };
+    int64_t k = 0;
+    for (; k + 8 <= n_pairs / 2; k += 8) {  // a line of each row
+      UNROLL for (int i = 0; i < 8; i++) {
+        UNROLL for (int m = i; m < M; m += 8) _mm_prefetch(next[m] + 8 * k, _MM_HINT_T1);
+        add(k + i);
+      }
     }
+    UNROLL for (int m = 0; m < M; m++) _mm_prefetch(next[m] + 8 * k, _MM_HINT_T1);
+    for (; k < n_pairs / 2; k++) add(k);
     if (n_pairs % 2) {  // an even pair without an odd one
       const __mmask16 even = 0x5555;
       const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi32(even, queries + 16 * (n_pairs / 2));
@@ -229,9 +269,9 @@ class Attention {
     constexpr int M = L == 4 ? 6 : L == 2 ? 12 : 16;  // keys of a tile, so that its sums fit the registers
     const int64_t offset = heads_.key_at + kv_head_ * heads_.key_step;
     int i = 0;
-    for (; i + M <= n; i += M) score_tile<M>(rows_ + i, offset, scores_ + i * LANES);
-    for (; i + 4 <= n; i += 4) score_tile<4>(rows_ + i, offset, scores_ + i * LANES);
-    for (; i < n; i++) score_tile<1>(rows_ + i, offset, scores_ + i * LANES);
+    for (; i + M <= n; i += M) score_tile<M>(i, offset);
+    for (; i + 4 <= n; i += 4) score_tile<4>(i, offset);
+    for (; i < n; i++) score_tile<1>(i, offset);
   }
 
   // A lane does not see keys behind its own position.
@@ -284,7 +324,11 @@ class Attention {
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     const int64_t offset = heads_.value_at + kv_head_ * heads_.value_step;
     const int n_pairs = (n + 1) / 2;
+    const bool apart = heads_.value_at > heads_.key_at;  // the next values are not a part of the next keys
+    const int64_t next_offset = heads_.value_at + next_head_ * heads_.value_step;
     for (int64_t d = 0; d < width_; d += 32) {
+      if (folded_ && apart)
+        for (const bf16* row : next_) _mm_prefetch(row + next_offset + d, _MM_HINT_T1);
       const int64_t left = heads_.value_width - d;
       const __mmask32 some = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0;
       uint32_t* to = values_ + d / GROUP * (CHUNK / 2 * GROUP) + d % GROUP;
@@ -333,7 +377,9 @@ class Attention {
   bool folded_ = false;
   alignas(64) int32_t last_[LANES];
   alignas(64) float keep_[LANES];
-  const bf16* rows_[CHUNK];
+  const bf16 *rows_[CHUNK], *next_[CHUNK];
+  Keys after_{};
+  int64_t next_head_ = 0;
   uint32_t *queries_, *weights_, *values_;
   float* scores_;
   Partial<LANES> split_, total_;

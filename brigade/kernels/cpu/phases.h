@@ -121,10 +121,17 @@ struct AttentionPhases {
 
   float* partial(int64_t task) const { return (float*)(partials + task * partial_bytes); }
 
+  Keys keys(const AttentionTask& t) const {
+    const Sequence& s = step.sequences[t.sequence];
+    const int64_t from = std::max<int64_t>(t.split, 0) * SPLIT;
+    return {&s, t.kv_head, from, s.start + s.n - from};
+  }
+
   void compute(int64_t i) const {
     const AttentionTask& t = tasks[i];
     Attention<LANES> a(heads, cache);
     a.load(step.sequences[t.sequence], t.kv_head, rows.q, rows.q_token, rows.q_head, t.first_row, t.n);
+    if (i + 1 < (int64_t)tasks.size()) a.load_next(keys(tasks[i + 1]));
     if (t.split >= 0) {
       a.run_split(t.split);
       float* p = partial(i);
