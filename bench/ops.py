@@ -3,13 +3,14 @@
     python -m bench.ops CHECKPOINT --threads 1 --kind bf16
 
 Weights are random in the shapes of the checkpoint's config.json: no tensor file is needed. Each line is the median of
-several calls, with as many copies of the experts as it takes to leave the caches between two calls. Op names are the
-cost model's: attention (projections and core attention together), core attention, experts (with gate and shared
-expert), head.
+several calls, with as many copies of the experts, of the attention layer and of its pages as it takes to leave the
+caches between two calls. Op names are the cost model's: attention (projections and core attention together), core
+attention, experts (with gate and shared expert), head.
 """
 
 import argparse
 import ctypes
+import itertools
 import math
 import statistics
 import sys
@@ -37,7 +38,7 @@ from brigade.spec.params import params
 
 PAGE = 16
 CACHE_LEFT = 1 << 27
-"""Bytes of weights that the copies of a layer must fill, so that a call finds none of its own in the caches."""
+"""Bytes that the copies of a layer or of its pages must fill, so that a call finds none of its own in the caches."""
 INPUTS = 16
 """Different rows that take turns: the same rows would find their few experts in the caches."""
 TOKENS = (1, 4, 8, 16, 32, 64, 256, 1024)
@@ -93,7 +94,7 @@ class Bench:
     def _experts(self) -> Iterator[Line]:
         layer, dim = self.spec.n_layers - 1, self.spec.dim
         one = 3 * dim * self.moe.ffn
-        n_copies = 1 + int(CACHE_LEFT // (one * self.moe.n_experts * WEIGHT_BYTES[self.kind]))
+        n_copies = copies(one * self.moe.n_experts * WEIGHT_BYTES[self.kind])
         layers = [FeedForward(self.kernels, self.spec, self._read, layer, self.kind) for _ in range(n_copies)]
         for n in TOKENS:
             xs = [self._residual(n) for _ in range(INPUTS)]
@@ -110,15 +111,17 @@ class Bench:
     def _attention(self) -> Iterator[Line]:
         a, dim = self.a, self.spec.dim
         scale = rotary.score_scale(self.spec.rope, a.qk)
-        layer = MlaLayer(
-            self.kernels, self.spec, self._read, f"model.layers.{self.spec.n_layers - 1}", scale, self.kind
-        )
+        name = f"model.layers.{self.spec.n_layers - 1}"
         rank = a.q_rank or 0
         weights = (rank or a.n_heads * a.qk) * dim + (a.kv_rank + a.rope) * dim + rank * a.n_heads * a.qk
         weights += a.n_heads * (a.nope + a.v) * a.kv_rank + a.n_heads * a.v * dim
+        layers = [
+            MlaLayer(self.kernels, self.spec, self._read, name, scale, self.kind)
+            for _ in range(copies(weights * WEIGHT_BYTES[for_linear(self.kind)]))
+        ]
         for n_requests, n, start in CONTEXTS:
             expanded = n > 1 and has_expanded_form(a)
-            step, cache, _held = self._step(n_requests, n, start, expanded)
+            step, caches, _held = self._step(n_requests, n, start, expanded)
             tokens, case = n_requests * n, f"{n_requests} x {n} @ {start}"
             positions = n_requests * sum(range(start + 1, start + n + 1))
             core = Op(
@@ -131,10 +134,18 @@ class Bench:
             again = 2 * n_requests * start * a.n_heads * (a.nope + a.v) * a.kv_rank if expanded else 0
             whole = Op("attention", core.n_bytes + product.n_bytes, core.n_ops + product.n_ops + again)
             x = self._residual(tokens)
-            yield Line("core attention", case, core, median(self._core(step, cache, tokens, expanded)))
-            yield Line("attention", case, whole, median(lambda s=step, c=cache, x=x: layer(x.clone(), s, c)))  # type: ignore[misc]
+            cores = [self._core(step, cache, tokens, expanded) for cache in caches]
+            yield Line("core attention", case, core, median(in_turn(cores)))
+            del cores  # with the expanded keys
+            n_calls = max(len(layers), len(caches))
+            pairs = itertools.islice(zip(itertools.cycle(layers), itertools.cycle(caches), strict=False), n_calls)
+            calls: list[Callable[[], object]] = [
+                lambda f=f, c=c, s=step, x=x: f(x.clone(), s, c)  # type: ignore[misc]
+                for f, c in pairs
+            ]
+            yield Line("attention", case, whole, median(in_turn(calls)))
 
-    def _core(self, step: structs.Step, cache: Tensor, n_tokens: int, expanded: bool) -> Callable[[], None]:
+    def _core(self, step: structs.Step, cache: Tensor, n_tokens: int, expanded: bool) -> Callable[[], object]:
         """Attention alone: over the latents, or over heads as if they had been expanded."""
         a, k = self.a, self.kernels
         row = a.kv_rank + a.rope
@@ -151,8 +162,8 @@ class Bench:
             *(k.pool, heads, step, cache.data_ptr(), q.data_ptr(), stride, out.data_ptr(), out.shape[-1])
         )
 
-    def _step(self, n_requests: int, n: int, start: int, expanded: bool) -> tuple[structs.Step, Tensor, object]:
-        """A step of equal requests with pages of their own, a cache of random rows, and what must live as long."""
+    def _step(self, n_requests: int, n: int, start: int, expanded: bool) -> tuple[structs.Step, list[Tensor], object]:
+        """A step of equal requests with pages of their own, caches of random rows, and what must live as long."""
         each = -(-(start + n) // PAGE)
         sequences = (structs.Sequence * n_requests)()
         for i in range(n_requests):
@@ -162,12 +173,13 @@ class Bench:
         first = torch.arange(n_requests).repeat_interleave(n) * each
         slots = pages[first + position // PAGE].long() * PAGE + position % PAGE
         cos, sin = self.cos[position], self.sin[position]
-        cache = torch.randn(n_requests * each, PAGE, self.spec.kv_width).bfloat16()
+        shape = n_requests * each, PAGE, self.spec.kv_width
+        caches = [torch.randn(shape).bfloat16() for _ in range(copies(math.prod(shape) * CACHE_BYTES))]
         step = structs.Step(
             *(n_requests * n, n_requests, PAGE, cos.data_ptr(), sin.data_ptr(), slots.data_ptr()),
             *(ctypes.addressof(sequences), pages.data_ptr()),
         )
-        return step, cache, (sequences, pages, slots, cos, sin)
+        return step, caches, (sequences, pages, slots, cos, sin)
 
     def _product(self, name: str, size: int, rows: int) -> Op:
         return Op(name, size * WEIGHT_BYTES[for_linear(self.kind)], 2.0 * rows * size)
@@ -182,6 +194,11 @@ class Bench:
         x = torch.zeros(n, padded(self.spec.dim))
         x[:, : self.spec.dim] = torch.randn(n, self.spec.dim)
         return x
+
+
+def copies(n_bytes: float) -> int:
+    """How many of something are more than the caches hold."""
+    return 1 + int(CACHE_LEFT // n_bytes)
 
 
 def in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
