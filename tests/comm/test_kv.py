@@ -17,6 +17,8 @@ import xxhash
 
 from brigade.comm.handshake import answer, welcome
 from brigade.comm.kv import offers, shared
+from brigade.comm.kv import rows as kv_rows
+from brigade.comm.kv import tcp as kv_tcp
 from brigade.comm.kv.link import Fetched, Fetches, Open
 from brigade.comm.kv.nixl import Nixl, installed
 from brigade.comm.kv.offer import Offer
@@ -133,7 +135,11 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_rows_arrive_between_pages_of_any_size_and_nothing_else_is_touched(make: Make, seed: int) -> None:
+def test_rows_arrive_between_pages_of_any_size_and_nothing_else_is_touched(
+    make: Make, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (kv_rows, kv_tcp):
+        monkeypatch.setattr(module, "BLOCK", 100 if seed < 4 else kv_rows.BLOCK)
     rng = random.Random(seed)
     link = make(rng.choice((1, 3, 4, 16)), rng.choice((1, 3, 4, 16)))
     source, target = link.offers.rows, link.fetches.rows
@@ -188,8 +194,11 @@ class Damaging:
         with self.inner(offer, have) as self.source:
             yield self
 
-    def next(self, go_on: Callable[[], None]) -> tuple[Piece, int]:
+    def next(self, go_on: Callable[[], None]) -> Piece:
         return self.source.next(go_on)
+
+    def check(self, go_on: Callable[[], None]) -> int | None:
+        return self.source.check(go_on)
 
     def read(self, piece: Piece, runs: object, go_on: Callable[[], None]) -> Iterator[object]:
         for run in self.source.read(piece, runs, go_on):  # type: ignore[arg-type]
@@ -261,14 +270,36 @@ def test_no_checksum_is_told_of_pages_that_are_given_back_while_it_is_made(
         return real(runs)
 
     monkeypatch.setattr(offers, "checksum", slow)
-    assert link.offers.next(1, [0] * LAYERS, 0) is None
+    found = link.offers.next(1, [0] * LAYERS, 0)
+    assert found is not None
+    assert found[1]() is None
     assert link.offers.next(1, [0] * LAYERS, 0) is None
     monkeypatch.setattr(offers, "checksum", real)
     link.offers.complete(1, [5, 6])
-    assert link.offers.next(1, [0, 8, 8], 0) == (
-        Piece(0, 0, 8, (5, 6)),
-        real(Piece(0, 0, 8, (5, 6)).runs(link.offers.rows)),
-    )
+    found = link.offers.next(1, [0, 8, 8], 0)
+    assert found is not None
+    assert (found[0], found[1]()) == (Piece(0, 0, 8, (5, 6)), real(found[0].runs(link.offers.rows)))
+
+
+def test_a_piece_whose_pages_are_given_back_while_it_is_copied_comes_again_without_a_fault(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, real, n = make(), offers.checksum, 0
+
+    def slow(runs: Iterator[Bytes]) -> int:
+        nonlocal n
+        n += 1
+        if n == 1:  # the request loses its pages, and gets others
+            link.offers.retract(1)
+            link.offers.rows.memory[5 * 4 * ROW : 6 * 4 * ROW] ^= 1
+            link.offers.complete(1, [9, 6])
+        return real(runs)
+
+    monkeypatch.setattr(offers, "checksum", slow)
+    opened = Damaging(link, layer=0, times=0)
+    assert link.fetch(2, link.offer(1, [5, 6], 0, 8), [0, 1]).failure == ""
+    assert (opened.n_opened, n) == (1, LAYERS + 1)
+    assert tokens(link.fetches.rows, [0, 1], 0, 8) == tokens(link.offers.rows, [9, 6], 0, 8)
 
 
 def test_pages_that_are_used_again_before_they_are_copied_are_noticed(make: Make) -> None:
@@ -388,19 +419,23 @@ def test_a_side_that_is_gone_is_a_failure_not_an_exception(tcp: Link) -> None:
     assert tcp.fetch(2, offer, [0, 1]).failure
 
 
-PIECE = struct.Struct("!IIIQ")
-GOOD = PIECE.pack(0, 0, 8, xxhash.xxh3_64_intdigest(bytes(8 * ROW))) + bytes(8 * ROW)
+PIECE = struct.Struct("!III")
+ZEROS = bytes(8 * ROW)
+GOOD = PIECE.pack(0, 0, 8) + ZEROS + struct.pack("!BQ", 1, xxhash.xxh3_64_intdigest(ZEROS))
 
 
 @pytest.mark.parametrize(
     ("says", "why"),
     [
         (GOOD + GOOD, "tokens 0 to 8 of layer 0 come out of turn"),
-        (PIECE.pack(LAYERS, 0, 8, 0), "come out of turn"),
-        (PIECE.pack(0, 0, 9, 0), "tokens 0 to 9 of layer 0 come out of turn"),
-        (PIECE.pack(0, 4, 8, 0), "come out of turn"),
-        (PIECE.pack(0, 0, 0, 0), "come out of turn"),
+        (PIECE.pack(0, 0, 8) + ZEROS + struct.pack("!BQ", 0, 0) + GOOD + GOOD, "layer 0 come out of turn"),
+        (PIECE.pack(0, 0, 8) + ZEROS + struct.pack("!BQ", 1, 5), "checksum of tokens 0 to 8 of layer 0 is wrong"),
+        (PIECE.pack(LAYERS, 0, 8), "come out of turn"),
+        (PIECE.pack(0, 0, 9), "tokens 0 to 9 of layer 0 come out of turn"),
+        (PIECE.pack(0, 4, 8), "come out of turn"),
+        (PIECE.pack(0, 0, 0), "come out of turn"),
         (GOOD[:50], "closed the connection"),
+        (GOOD[:-1], "closed the connection"),
     ],
 )
 def test_what_is_delivered_twice_or_makes_no_sense_is_a_failure(tcp: Link, says: bytes, why: str) -> None:

@@ -80,14 +80,18 @@ class Memory:
         self.have = list(have)
         return nullcontext(self)
 
-    def next(self, go_on: GoOn) -> tuple[Piece, int]:
+    def next(self, go_on: GoOn) -> Piece:
         while self.stalled.is_set() or (found := self.offers.next(50, self.have, 0.005)) is None:
             go_on()
-        self.have[found[0].layer] = found[0].end
-        return found
+        piece, self.make_check = found
+        self.have[piece.layer] = piece.end
+        return piece
 
     def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
         return copy(piece.runs(self.rows), runs)
+
+    def check(self, go_on: GoOn) -> int | None:
+        return self.make_check()
 
 
 @pytest.fixture

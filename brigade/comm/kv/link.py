@@ -2,7 +2,7 @@
 
 1. The rank that computes a prompt calls `Offers.offer` when it begins. The Offer is told to the other rank.
 2. That rank calls `Fetches.fetch` with pages of its own. It hears of every piece of a layer that is finished, copies it
-   in the background, and checks it; a bad piece is fetched again.
+   in the background, and checks it; the other side makes its checksum meanwhile. A bad piece is fetched again.
 3. Whatever goes wrong before the prompt is computed costs nothing yet: it is tried again from where it stopped, also
    from another rank (`move`) when the first one is lost.
 4. `hurry` when the first token is there, which means that all rows are finished: from then on there is a deadline, and
@@ -53,12 +53,18 @@ GoOn = Callable[[], None]
 class Source(Protocol):
     """Where the rows of one offer come from."""
 
-    def next(self, go_on: GoOn) -> tuple[Piece, int]:
-        """Wait for a finished piece and its checksum. Raises Failed, OSError, and what `go_on` does."""
+    def next(self, go_on: GoOn) -> Piece:
+        """Wait for a finished piece. Raises Failed, OSError, and what `go_on` does."""
         ...
 
     def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
-        """Fill `runs` with the rows of the piece that came last; gives each run when it is full. Raises as `next`."""
+        """Fill `runs` with the rows of the piece that came last; gives each part of them as soon as it is there, while
+        it is in the core's cache. Raises as `next`."""
+        ...
+
+    def check(self, go_on: GoOn) -> int | None:
+        """The checksum of the piece that was read; None: its pages were used for something else meanwhile, and it comes
+        again. Raises as `next`."""
         ...
 
 
@@ -210,14 +216,17 @@ class Fetches:
         have = transfer.have
         with self._open(offer, have) as source:
             while not transfer.complete:
-                piece, check = source.next(transfer.go_on)
+                piece = source.next(transfer.go_on)
                 layer, start, end, _ = piece
                 if not (layer < len(have) and start == have[layer] < end <= offer.end):
                     raise Failed(f"tokens {start} to {end} of layer {layer} come out of turn")
                 hashed = xxhash.xxh3_64()
-                for run in source.read(piece, self.rows.runs(layer, transfer.pages, start, end), transfer.go_on):
-                    hashed.update(run.data)
+                for part in source.read(piece, self.rows.runs(layer, transfer.pages, start, end), transfer.go_on):
+                    hashed.update(part.data)
                     transfer.go_on()
+                check = source.check(transfer.go_on)
+                if check is None:
+                    continue
                 if hashed.intdigest() != check:
                     raise Failed(f"the checksum of tokens {start} to {end} of layer {layer} is wrong")
                 have[layer] = end

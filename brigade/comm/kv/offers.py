@@ -9,19 +9,21 @@ A prompt's rows are finished layer by layer and chunk by chunk, and whoever foll
    however often it is computed. A step that was planned before speaks for an older attempt, and is not heard.
 4. `withdraw` when nobody needs the rows any more, before their pages go back.
 
-A checksum is told only if, after it was made, the pages still were the request's own. So it is always one of good rows,
-and whoever copies rows after their pages were used again finds that it differs.
+A checksum is made while the other side copies already. It is told only if, after it was made, the pages still were the
+request's own. So it is always one of good rows, and whoever copies rows after their pages were used again finds that it
+differs.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from brigade.comm.kv.offer import Offer, Registered
 from brigade.comm.kv.rows import Piece, Rows, checksum
 
 PIECE = 8 << 20
-"""Most bytes of a piece: as long as it is checked by one side, the other one copies the next."""
+"""Most bytes of a piece."""
 
 
 class Withdrawn(LookupError):
@@ -96,9 +98,10 @@ class Offers:
             if given := self._given.pop(rid, None):
                 given.changed.notify_all()
 
-    def next(self, rid: int, have: Sequence[int], seconds: float) -> tuple[Piece, int] | None:
-        """A finished piece and its checksum, for one who has each layer's rows before `have`; None if there is none for
-        so long. Raises Withdrawn."""
+    def next(self, rid: int, have: Sequence[int], seconds: float) -> tuple[Piece, Callable[[], int | None]] | None:
+        """A finished piece, for one who has each layer's rows before `have`, and what makes its checksum, which is None
+        if the pages were not the request's own any more: then the piece is worth nothing. None if there is no piece
+        for so long. Raises Withdrawn."""
         with self._lock:
             given = self._of(rid)
             layer = _behind(given.ready, have)
@@ -111,11 +114,13 @@ class Offers:
             page, start = self.rows.page, have[layer]
             end = min(given.ready[layer], start + max(PIECE // self.rows.row_bytes, 1))
             piece = Piece(layer, start, end, tuple(given.pages[start // page : -(-end // page)]))
-            attempt = given.attempt
+            return piece, partial(self._check, given, given.attempt, piece)
+
+    def _check(self, given: _Given, attempt: int, piece: Piece) -> int | None:
         check = checksum(piece.runs(self.rows))
         with self._lock:
-            still = self._of(rid)
-            return (piece, check) if still is given and still.attempt == attempt else None
+            still = self._given.get(given.offer.rid) is given and given.attempt == attempt
+        return check if still else None
 
     def _of(self, rid: int) -> _Given:
         if (given := self._given.get(rid)) is None:

@@ -4,7 +4,8 @@ fleet's secret, no pickle, bounded frames.
     caller                                      the rank that offers
       handshake (brigade.comm.handshake)
       follow: offer, what it has of each layer, whether rows are to come here ──►
-                                          ◄──   piece: layer, tokens, checksum, then its rows or its page table
+                                          ◄──   piece: layer, tokens, then its rows or its page table
+                                          ◄──   whether it is worth anything, and its checksum
                                           ◄──   beat, while nothing more is finished
                                           ◄──   gone: it is not offered any more
       ...
@@ -30,13 +31,13 @@ from brigade.comm.handshake import Hello, Refused, answer, call, welcome
 from brigade.comm.kv.link import Failed, GoOn
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.offers import Offers, Withdrawn
-from brigade.comm.kv.rows import Bytes, Piece
+from brigade.comm.kv.rows import BLOCK, Bytes, Piece
 from brigade.comm.meeting import listen
 
 log = logging.getLogger("brigade.kv")
 
 _FOLLOW = struct.Struct("!QB")
-_PIECE = struct.Struct("!IIIQ")
+_PIECE, _CHECK = struct.Struct("!III"), struct.Struct("!BQ")
 _BEAT, _GONE = 0xFFFFFFFF, 0xFFFFFFFE
 """In place of a layer."""
 _CALL_S = 5.0
@@ -120,17 +121,20 @@ class KvServer:
             end = self._offers.end(rid)
             while any(h < end for h in have):
                 if (found := self._offers.next(rid, have, self.beat)) is None:
-                    sock.sendall(_PIECE.pack(_BEAT, 0, 0, 0))
+                    sock.sendall(_PIECE.pack(_BEAT, 0, 0))
                     continue
-                piece, check = found
-                head = _PIECE.pack(piece.layer, piece.start, piece.end, check)
+                piece, make_check = found
+                head = _PIECE.pack(*piece[:3])
                 if with_rows:
                     _send(sock, head, piece.runs(self._offers.rows))
                 else:
                     sock.sendall(head + struct.pack(f"!{len(piece.pages)}I", *piece.pages))
-                have[piece.layer] = piece.end
+                check = make_check()  # while the other side copies
+                sock.sendall(_CHECK.pack(check is not None, check or 0))
+                if check is not None:
+                    have[piece.layer] = piece.end
         except Withdrawn:
-            sock.sendall(_PIECE.pack(_GONE, 0, 0, 0))
+            sock.sendall(_PIECE.pack(_GONE, 0, 0))
 
 
 class Caller:
@@ -168,21 +172,29 @@ class Connected:
     def __init__(self, sock: socket.socket, offer: Offer, silence: float) -> None:
         self._sock, self._offer, self._silence = sock, offer, silence
 
-    def next(self, go_on: GoOn) -> tuple[Piece, int]:
+    def next(self, go_on: GoOn) -> Piece:
         head = bytearray(_PIECE.size)
         while True:
             self._fill(memoryview(head), go_on)
-            layer, start, end, check = _PIECE.unpack(head)
+            layer, start, end = _PIECE.unpack(head)
             if layer == _GONE:
                 raise Failed("it is not offered any more")
             if layer != _BEAT:
-                return Piece(layer, start, end, self._pages(start, end, go_on)), check
+                return Piece(layer, start, end, self._pages(start, end, go_on))
 
     def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
         del piece
         for run in runs:
-            self._fill(run.data, go_on)
-            yield run
+            at = 0
+            for n in self._receive(run.data, go_on):
+                yield run[at : at + n]
+                at += n
+
+    def check(self, go_on: GoOn) -> int | None:
+        tail = bytearray(_CHECK.size)
+        self._fill(memoryview(tail), go_on)
+        good, check = _CHECK.unpack(tail)
+        return int(check) if good else None
 
     def _pages(self, start: int, end: int, go_on: GoOn) -> tuple[int, ...]:
         """Those of a piece, where its rows do not come here."""
@@ -195,18 +207,25 @@ class Connected:
         return struct.unpack(f"!{len(table) // 4}I", table)
 
     def _fill(self, view: memoryview, go_on: GoOn) -> None:
-        """Exactly so many bytes. Raises Failed when the other side closes or is silent for too long."""
+        """Raises as `_receive`."""
+        for _ in self._receive(view, go_on):
+            pass
+
+    def _receive(self, view: memoryview, go_on: GoOn) -> Iterator[int]:
+        """Exactly so many bytes; gives the number that came, each time. Raises Failed when the other side closes or is
+        silent for too long."""
         heard = time.monotonic()
         while view:
             go_on()
             try:
-                n = self._sock.recv_into(view)
+                n = self._sock.recv_into(view, min(len(view), BLOCK))
             except TimeoutError:
                 if time.monotonic() - heard > self._silence:
                     raise Failed(f"{self._offer.address} was silent for {self._silence:g} s") from None
                 continue
             if not n:
                 raise Failed("the other side closed the connection")
+            yield n
             view, heard = view[n:], time.monotonic()
 
 
