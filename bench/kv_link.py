@@ -27,9 +27,13 @@ from brigade.comm.kv.link import Fetches
 from brigade.comm.kv.nixl import Nixl, installed
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.offers import Offers
-from brigade.comm.kv.rows import Bytes, Rows, checksum
+from brigade.comm.kv.rows import Bytes, Fast, Rows, checksum
 from brigade.comm.kv.shared import SharedCaches, create
 from brigade.comm.kv.tcp import Caller, KvServer
+from brigade.engine.machine import read_cpu
+from brigade.kernels.cpu.build import Built, find_library
+from brigade.kernels.cpu.checked import CheckedCopy
+from brigade.kernels.cpu.structs import open_library
 
 SECRET = b"of this bench alone, 32 bytes...."
 PIECE = 1 << 20
@@ -87,14 +91,20 @@ def _print(args: argparse.Namespace, rows: Rows, giver: Giver, file: int) -> Non
     n = args.layers * args.tokens * args.row_bytes
     mine = list(range(4, 4 - (-args.tokens // args.page)))
     caller = Caller(SECRET)
-    caches = SharedCaches([file], caller)
+    fast = _fast()
+    caches = SharedCaches([file], caller, fast)
     source, plain = caches.map(0)[:n], np.zeros(n, np.uint8)
     ways: list[tuple[str, Callable[[], float], Fetches]] = [
         ("shared", lambda: _seconds(lambda: np.copyto(plain, source)), Fetches(rows, caches.open, 30)),
+        (
+            "shared, no C++",
+            lambda: _seconds(lambda: np.copyto(plain, source)),
+            Fetches(rows, SharedCaches([file], caller).open, 30),
+        ),
         ("tcp", lambda: _receive(giver.port, plain), Fetches(rows, caller.open, 30)),
     ]
     if installed():
-        ways.append(("nixl", lambda: _receive(giver.port, plain), Fetches(rows, Nixl.start(caller).open, 30)))
+        ways.append(("nixl", lambda: _receive(giver.port, plain), Fetches(rows, Nixl.start(caller, fast).open, 30)))
     print(f"{n / 1e6:.1f} MB: {args.tokens} tokens x {args.layers} layers x {args.row_bytes} B, pages of {args.page}")
     print("| link | plain copy, ms | GB/s | transfer, ms | GB/s | transfer / plain | checksum, ms |")
     print("|---|--:|--:|--:|--:|--:|--:|")
@@ -110,6 +120,12 @@ def _print(args: argparse.Namespace, rows: Rows, giver: Giver, file: int) -> Non
             flush=True,
         )
         fetches.close()
+
+
+def _fast() -> Fast | None:
+    """What a rank on the C++ kernels copies with; None where they cannot be had."""
+    library = find_library(read_cpu().features)
+    return CheckedCopy(open_library(library.path)) if isinstance(library, Built) else None
 
 
 def _fetch(fetches: Fetches, giver: Giver, pages: list[int]) -> float:

@@ -22,7 +22,7 @@ from brigade.comm.kv.link import Fetches, Open
 from brigade.comm.kv.nixl import Nixl
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.offers import Offers
-from brigade.comm.kv.rows import Rows
+from brigade.comm.kv.rows import Fast, Rows
 from brigade.comm.kv.shared import SharedCaches
 from brigade.comm.kv.tcp import Caller, KvServer
 from brigade.core.handover import Leases
@@ -44,6 +44,8 @@ from brigade.engine.messages import (
     ToWorker,
 )
 from brigade.engine.worker import Worker, Wrote, stop_ids
+from brigade.kernels.cpu.checked import CheckedCopy
+from brigade.model.on_cpu_kernels import CpuModel
 from brigade.spec.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -66,12 +68,12 @@ Begun = tuple[int, list[int], SamplingParams, list[int]]
 """What the worker is told of an adopted request: its number, prompt, parameters and the tokens generated so far."""
 
 
-def _sources(kv: KvConfig, caller: Caller, nixl: Nixl | None) -> Open:
+def _sources(kv: KvConfig, caller: Caller, nixl: Nixl | None, fast: Fast | None) -> Open:
     """Opens what ranks of this host offer in the memory that they share, and what others do over TCP; or all over
     NIXL."""
     if nixl is not None:
         return nixl.open
-    shared = SharedCaches(kv.files, caller)
+    shared = SharedCaches(kv.files, caller, fast)
     return lambda offer, have: (shared if shared.has(offer.file) else caller).open(offer, have)
 
 
@@ -119,9 +121,10 @@ class Handing:
         memory = layers.view(torch.uint8).reshape(-1).numpy()
         rows = Rows(memory, layers.shape[0], worker.page, layers.shape[-1] * layers.element_size())
         caller = Caller(kv.secret)
-        nixl = Nixl.start(caller) if kv.link == "nixl" else None
+        fast = CheckedCopy(worker.model.kernels.library) if isinstance(worker.model, CpuModel) else None
+        nixl = Nixl.start(caller, fast) if kv.link == "nixl" else None
         offers = Offers(rows, kv.first + rank if kv.files else -1, registered=nixl.register(memory) if nixl else None)
-        handing = cls(worker, scheduler, channel, offers, Fetches(rows, _sources(kv, caller, nixl), TRANSFER))
+        handing = cls(worker, scheduler, channel, offers, Fetches(rows, _sources(kv, caller, nixl, fast), TRANSFER))
         handing.nixl = nixl
         handing.server = KvServer(offers, kv.address, kv.secret, TRANSFER)
         offers.address = handing.server.address

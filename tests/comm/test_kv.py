@@ -23,7 +23,7 @@ from brigade.comm.kv.link import Fetched, Fetches, Open
 from brigade.comm.kv.nixl import Nixl, installed
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.offers import Offers
-from brigade.comm.kv.rows import Bytes, Piece, Rows
+from brigade.comm.kv.rows import Bytes, Fast, Piece, Rows, checksum, copy, copy_checked
 from brigade.comm.kv.shared import SharedCaches
 from brigade.comm.kv.tcp import Caller, KvServer, _hello
 
@@ -182,7 +182,7 @@ def test_an_offer_that_does_not_fit_is_refused(make: Make) -> None:
 
 
 class Damaging:
-    """Turns a bit of a layer in the first few pieces of it that come."""
+    """Turns a bit of a layer in the first few pieces of it that come, and says what was found then."""
 
     def __init__(self, link: Link, layer: int, times: int) -> None:
         self.inner, self.layer, self.times, self.n_opened = link.fetches._open, layer, times, 0
@@ -200,12 +200,14 @@ class Damaging:
     def check(self, go_on: Callable[[], None]) -> int | None:
         return self.source.check(go_on)
 
-    def read(self, piece: Piece, runs: object, go_on: Callable[[], None]) -> Iterator[object]:
-        for run in self.source.read(piece, runs, go_on):  # type: ignore[arg-type]
-            if self.times and piece.layer == self.layer:
-                run[3] ^= 0x40
-                self.times -= 1
-            yield run
+    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: Callable[[], None]) -> int:
+        filled = list(runs)
+        found = self.source.read(piece, iter(filled), go_on)
+        assert found == checksum(filled)  # of what was written, wherever it came from
+        if self.times and piece.layer == self.layer:
+            filled[0][3] ^= 0x40
+            self.times -= 1
+        return checksum(filled)
 
 
 def test_a_piece_that_is_damaged_once_on_the_way_is_fetched_again_and_only_that(make: Make) -> None:
@@ -512,3 +514,30 @@ def test_a_transfer_that_is_stopped_owns_its_pages_until_it_has_ended_and_tells_
 def test_rows_must_be_whole_pages() -> None:
     with pytest.raises(ValueError, match="not whole pages"):
         Rows(np.zeros(LAYERS * 5 * ROW, np.uint8), LAYERS, 2, ROW)
+
+
+def test_what_copies_says_the_checksum_of_what_it_wrote_and_asks_the_fast_way_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_rows, "BLOCK", 50)
+    monkeypatch.setattr(kv_rows, "FAST_RUN", 64)
+    source, got = np.arange(256, dtype=np.uint8), np.zeros(256, np.uint8)
+    pieces, asked = [source[:100], source[100:103], source[103:]], list[list[int]]()
+
+    def fast(serves: bool) -> Fast:
+        def copies(runs: Sequence[tuple[Bytes, Bytes]]) -> int | None:
+            asked.append([a.size for a, _ in runs])
+            return 7 if serves else None
+
+        return copies
+
+    for way in (None, fast(False)):
+        got[:] = 0
+        assert copy_checked(pieces, [got[:101], got[101:]], way) == xxhash.xxh3_64_intdigest(bytes(source))
+        assert (got == source).all()
+    assert copy_checked(pieces, [got[:101], got[101:]], fast(True)) == 7
+    assert asked == [[100, 1, 2, 153]] * 2
+    shorter = [got[n : n + 50] for n in range(0, 256, 50)]
+    assert copy_checked([source], shorter, fast(True)) == xxhash.xxh3_64_intdigest(bytes(source))
+    copy([source[::-1]], [got[:7], got[7:]])
+    assert (got == source[::-1]).all()

@@ -15,7 +15,7 @@ from msgspec import structs
 from brigade.comm.kv.link import Failed, Fetches, GoOn
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.offers import Offers, Withdrawn
-from brigade.comm.kv.rows import Bytes, Piece, Rows, copy
+from brigade.comm.kv.rows import Bytes, Piece, Rows, copy_checked
 from brigade.core.pages import PagePool
 from brigade.core.request import Request
 from brigade.core.scheduler import Scheduler, Slice, StepPlan
@@ -87,8 +87,8 @@ class Memory:
         self.have[piece.layer] = piece.end
         return piece
 
-    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
-        return copy(piece.runs(self.rows), runs)
+    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> int:
+        return copy_checked(piece.runs(self.rows), runs)
 
     def check(self, go_on: GoOn) -> int | None:
         return self.make_check()
@@ -167,10 +167,10 @@ def test_pages_of_a_dropped_request_come_back_when_nothing_is_written_any_more(
     reserved(decode)
     writing, go = threading.Event(), threading.Event()
 
-    def read(piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
+    def read(piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> int:
         writing.set()
         assert go.wait(5)
-        return copy(piece.runs(memory.rows), runs)
+        return copy_checked(piece.runs(memory.rows), runs)
 
     memory.read = read  # type: ignore[method-assign]
     memory.offers.complete(50, memory.pages)

@@ -269,7 +269,20 @@ static void run_wire(Pool* pool) {
       }
 }
 
+// Runs of whole stripes, the first of them none at all.
+static void run_copy_checked() {
+  for (int64_t stripes : {4, 15, 16, 17, 33}) {
+    Array<uint8_t> from(64 * stripes), to(64 * stripes);
+    memset(from.data, 7, from.n);
+    const int64_t first = 64 * (stripes / 8), sizes[] = {first, 64 * stripes - first};
+    uint8_t* const here[] = {to.data, to.data + first};
+    const uint8_t* const there[] = {from.data, from.data + first};
+    copy_checked(here, there, sizes, 2);
+  }
+}
+
 int main() {
+  run_copy_checked();
   for (int n_threads : {1, 2}) {
     Pool* pool = pool_new(n_threads);
     for (int32_t kind : {BF16, INT8}) {

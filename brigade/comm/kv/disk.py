@@ -252,9 +252,8 @@ class DiskStore:
             if job.over:
                 return
             for layer in range(self.rows.n_layers):
-                source = iter([layers[layer, (start - at) * self.rows.row_bytes :]])
-                for _ in copy(source, self.rows.runs(layer, job.pages, start, end)):
-                    pass
+                source = layers[layer, (start - at) * self.rows.row_bytes :]
+                copy([source], self.rows.runs(layer, job.pages, start, end))
             job.end = end
 
     def _write_all(self) -> None:

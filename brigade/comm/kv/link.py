@@ -23,8 +23,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-import xxhash
-
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.rows import Bytes, Piece, Rows
 
@@ -57,9 +55,8 @@ class Source(Protocol):
         """Wait for a finished piece. Raises Failed, OSError, and what `go_on` does."""
         ...
 
-    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
-        """Fill `runs` with the rows of the piece that came last; gives each part of them as soon as it is there, while
-        it is in the core's cache. Raises as `next`."""
+    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> int:
+        """Fill `runs` with the rows of the piece that came last. The checksum of what was written. Raises as `next`."""
         ...
 
     def check(self, go_on: GoOn) -> int | None:
@@ -220,13 +217,10 @@ class Fetches:
                 layer, start, end, _ = piece
                 if not (layer < len(have) and start == have[layer] < end <= offer.end):
                     raise Failed(f"tokens {start} to {end} of layer {layer} come out of turn")
-                hashed = xxhash.xxh3_64()
-                for part in source.read(piece, self.rows.runs(layer, transfer.pages, start, end), transfer.go_on):
-                    hashed.update(part.data)
-                    transfer.go_on()
+                found = source.read(piece, self.rows.runs(layer, transfer.pages, start, end), transfer.go_on)
                 check = source.check(transfer.go_on)
                 if check is None:
                     continue
-                if hashed.intdigest() != check:
+                if found != check:
                     raise Failed(f"the checksum of tokens {start} to {end} of layer {layer} is wrong")
                 have[layer] = end

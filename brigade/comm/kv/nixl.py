@@ -25,7 +25,7 @@ import numpy as np
 from brigade.comm.kv.link import Failed, GoOn
 from brigade.comm.kv.offer import Offer, Registered
 from brigade.comm.kv.offers import PIECE
-from brigade.comm.kv.rows import Bytes, CacheShape, Piece, copy
+from brigade.comm.kv.rows import Bytes, CacheShape, Fast, Piece, copy_checked
 from brigade.comm.kv.tcp import Caller, Connected
 
 INSTALL = "install it with: pip install 'brigade[nixl]'"
@@ -45,17 +45,18 @@ class Nixl:
     """This rank's end. One for each process; its methods are safe from any thread."""
 
     @classmethod
-    def start(cls, caller: Caller) -> "Nixl":
-        """Raises ValueError if NIXL is not installed or cannot start."""
+    def start(cls, caller: Caller, fast: Fast | None = None) -> "Nixl":
+        """`fast`: copies rows, where it can. Raises ValueError if NIXL is not installed or cannot start."""
         try:
             import nixl_cu12._bindings as bindings
         except ImportError as e:
             raise ValueError(f"link nixl: {e}; {INSTALL}") from e
-        return cls(caller, bindings)
+        return cls(caller, bindings, fast)
 
-    def __init__(self, caller: Caller, bindings: Any) -> None:
+    def __init__(self, caller: Caller, bindings: Any, fast: Fast | None = None) -> None:
         """`bindings`: the module. Raises ValueError if NIXL cannot start."""
         n = self._nixl = bindings
+        self.fast = fast
         self._errors = tuple(e for e in vars(n).values() if isinstance(e, type) and issubclass(e, Exception))
         config = n.nixlAgentConfig()
         config.useProgThread, config.useListenThread = True, False
@@ -191,10 +192,10 @@ class _Remote(Connected):
         super().__init__(sock, offer, silence)
         self._nixl, self._shape = nixl, CacheShape(offer.n_layers, offer.n_pages, offer.page, offer.row_bytes)
 
-    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
+    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> int:
         assert self._offer.registered is not None
         landing = self._nixl.read(self._offer.registered, [*piece.spans(self._shape)], self._silence, go_on)
         try:
-            yield from copy(iter([landing]), runs)  # as much of it as there are runs
+            return copy_checked([landing], runs, self._nixl.fast)  # as much of it as there are runs
         finally:
             self._nixl.done(landing)

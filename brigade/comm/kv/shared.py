@@ -15,7 +15,7 @@ import numpy as np
 
 from brigade.comm.kv.link import Failed, GoOn
 from brigade.comm.kv.offer import Offer
-from brigade.comm.kv.rows import Bytes, CacheShape, Piece, Rows, copy
+from brigade.comm.kv.rows import Bytes, CacheShape, Fast, Piece, Rows, copy_checked
 from brigade.comm.kv.tcp import Caller, Connected
 
 
@@ -28,9 +28,9 @@ def create() -> int:
 class SharedCaches:
     """The caches of this host's ranks, by number; opens offers that lie in them."""
 
-    def __init__(self, files: Sequence[int], caller: Caller) -> None:
-        """`files`: of all ranks; -1 for those of other hosts."""
-        self._files, self._caller = list(files), caller
+    def __init__(self, files: Sequence[int], caller: Caller, fast: Fast | None = None) -> None:
+        """`files`: of all ranks; -1 for those of other hosts. `fast`: copies rows, where it can."""
+        self._files, self._caller, self._fast = list(files), caller, fast
         self._mapped: dict[int, Bytes] = {}
 
     def has(self, file: int) -> bool:
@@ -48,7 +48,7 @@ class SharedCaches:
             raise Failed(f"shared memory {offer.file} has {memory.size} bytes, the offered cache {size}")
         rows = Rows(memory[:size], offer.n_layers, offer.page, offer.row_bytes)
         with self._caller.connect(offer, have, with_rows=False) as sock:
-            yield _Mapped(sock, offer, self._caller.silence, rows)
+            yield _Mapped(sock, offer, self._caller.silence, rows, self._fast)
 
     def map(self, file: int) -> Bytes:
         """All of a cache, to read. Raises Failed if there is none yet."""
@@ -65,10 +65,10 @@ class SharedCaches:
 class _Mapped(Connected):
     with_rows = False
 
-    def __init__(self, sock: socket.socket, offer: Offer, silence: float, rows: Rows) -> None:
+    def __init__(self, sock: socket.socket, offer: Offer, silence: float, rows: Rows, fast: Fast | None) -> None:
         super().__init__(sock, offer, silence)
-        self._rows = rows
+        self._rows, self._fast = rows, fast
 
-    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> Iterator[Bytes]:
+    def read(self, piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> int:
         del go_on  # memory does not keep anybody waiting
-        return copy(piece.runs(self._rows), runs)
+        return copy_checked(piece.runs(self._rows), runs, self._fast)

@@ -1,6 +1,7 @@
 // The functions that Python calls, one or two for each layer, over a residual stream of floats [tokens][stride]. Each is one
 // job for the pool. Rows of activations are padded with zeros to a multiple of 64 numbers. Struct layouts: structs.py.
 #include "attention.h"
+#include "checked.h"
 #include "expanded.h"
 #include "experts.h"
 #include "pack.h"
@@ -340,4 +341,9 @@ EXPORT void wire_decode(Pool* pool, const uint8_t* rows, int64_t n_rows, const i
   Pool::Job& job = pool->open();
   job.phase(n, decode);
   pool->run(job);
+}
+
+// n runs of bytes, as checked.h says; gives their hash. Needs no threads, and may be called from any.
+EXPORT uint64_t copy_checked(uint8_t* const* to, const uint8_t* const* from, const int64_t* bytes, int64_t n) {
+  return checked::copy(to, from, bytes, n);
 }

@@ -1,7 +1,7 @@
 """The C++ structs and functions of layers.cpp as ctypes sees them. Field order and types must follow the C++ side."""
 
 import ctypes
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 
@@ -95,6 +95,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     """Load the library and declare its functions, so that a wrong argument is an error and not a crash."""
     library = ctypes.CDLL(str(path))
     library.pool_new.argtypes, library.pool_new.restype = [c_int32], c_void_p
+    library.copy_checked.argtypes, library.copy_checked.restype = [c_void_p] * 3 + [c_int64], c_uint64
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = list(arguments), None
