@@ -340,6 +340,17 @@ def _check_hosts(hosts: tuple[str, ...], count: int, at: Path, source: _Source) 
         raise source.fault(at, "is empty; name at least one host, or leave it out for this machine")
 
 
+def _check_host_port(d: Deployment, source: _Source) -> None:
+    """Refuse a port that hosts and others would call: it would show only after all hosts have read their weights."""
+    keys = ("listen", "admin_listen") if d.admin_key_file is not None else ("listen",)
+    for key in keys:
+        address, port = getattr(d, key)
+        if port == d.host_port and address in (d.head, "0.0.0.0", "::"):
+            at = "host_port" if "host_port" in d.given else key
+            other = key if at == "host_port" else "host_port"
+            raise source.fault((at,), f"port {port} is that of {other!r}; give another one")
+
+
 def _check_guards(d: Deployment, source: _Source) -> None:
     """Nobody may come in without proof: clients from other machines, and hosts."""
     if not is_loopback(d.listen[0]) and d.api_key_file is None:
@@ -350,6 +361,8 @@ def _check_guards(d: Deployment, source: _Source) -> None:
         raise source.fault(("admin_listen",), text)
     if d.admin_key_file is not None and d.admin_listen[1] == d.listen[1]:
         raise source.fault(("admin_listen",), f"port {d.listen[1]} is that of 'listen'; give another one")
+    if d.other_hosts:
+        _check_host_port(d, source)
     for i, units in enumerate(d.units):
         at: Path = ("units", i, "hosts") if "hosts" in units.given else ("units", i)
         for address in units.hosts:
@@ -404,6 +417,10 @@ def _text(v: object) -> str:
         raise ValueError(f"must be text, not {_kind(v)}; put it in quotes")
     if "\0" in v:
         raise ValueError("must not hold a NUL character")
+    try:
+        v.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not hold half a character (a surrogate); write the whole one") from None
     return v
 
 

@@ -132,6 +132,7 @@ def test_a_model_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path) -> Non
     ("args", "message"),
     [
         (("--ranks", "5", "--hosts", "127.0.0.1=1,127.0.0.2=1"), "--ranks is 5, but --hosts names 2 in all; leave"),
+        (("--port", "7000", "--hosts", "127.0.0.1=1,127.0.0.2=1"), "--join-port 7000 is that of --port; give another"),
         (("--hosts", "127.0.0.1=1,10.0.0.2=1"), "--hosts: 127.0.0.1 is this machine only, and 10.0.0.2 cannot reach"),
         (("--hosts", "10.0.0.2=1,localhost=1"), "--hosts: localhost is this machine only, and 10.0.0.2 cannot reach"),
     ],
