@@ -35,12 +35,12 @@ def error_of(data: object, line_of: dict[Any, int] | None = None) -> str:
 
 def test_the_set_of_keys_is_small_and_known() -> None:
     top = (
-        "model weights drafts rank_memory listen api_key_file admin_listen admin_key_file gateway host_port "
+        "model weights drafts wire rank_memory listen api_key_file admin_listen admin_key_file gateway host_port "
         "secret_file link units limits change_roles"
     )
     assert " ".join(KEYS) == top
     assert " ".join(UNIT_KEYS) == "role name count hosts ranks_per_host redundant_experts limits"
-    assert " ".join(LIMIT_KEYS) == "max_running max_waiting max_context max_step_tokens kv_memory kv_disk"
+    assert " ".join(LIMIT_KEYS) == "max_running max_waiting max_context max_step_tokens kv_memory kv_disk rank_deadline"
 
 
 def test_an_empty_mapping_is_one_rank_of_the_demo_model_here() -> None:
