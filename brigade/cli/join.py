@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import signal
 from pathlib import Path
@@ -91,9 +92,13 @@ def run(config: "JoinConfig") -> None:
 
 def _check_own(address: str) -> None:
     """Ranks listen on it. The head would lend this machine the place of the right one, and only the head would hear of
-    it. Raises Fault; not for a name that is not known yet, which may come."""
+    it. Raises Fault; not for a name, which may mean this machine only later, as that of a pod that was moved."""
     from brigade.comm.meeting import listen
 
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return
     try:
         listen(address).close()
     except OSError as e:
