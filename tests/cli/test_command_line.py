@@ -146,3 +146,19 @@ def test_hosts_that_cannot_work_are_refused_before_anything_is_loaded(
     code, out, err = invoke("serve", *args, "--secret-file", str(secret))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"brigade: {message}")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [((), "ranks is 40, but the model has only 32 routed experts"), (("/none",), "/none/config.json: cannot be read")],
+)
+def test_hosts_are_not_waited_for_with_a_model_that_cannot_run(
+    model: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef")
+    secret.chmod(0o600)
+    hosts = "127.0.0.1=20,127.0.0.2=20"
+    code, _, err = invoke("serve", *model, "--port", "0", "--hosts", hosts, "--secret-file", str(secret))
+    assert code == 2
+    assert message in err.splitlines()[-1]
