@@ -42,6 +42,7 @@ class Deployed:
             "max_context": limits.max_context,
             "max_step_tokens": limits.max_step_tokens,
             "kv_bytes": limits.kv_memory,
+            "rank_deadline": limits.rank_deadline,
         }
         if limits.kv_disk is not None:
             given["kv_disk"], given["kv_disk_bytes"] = parse_disk(limits.kv_disk)
@@ -52,6 +53,7 @@ class Deployed:
                 model=str(self.model),
                 weights=self.what.weights,
                 drafts=self.what.drafts,
+                wire=self.what.wire,
                 ranks=n_ranks,
                 **{key: value for key, value in given.items() if value is not None},
             )

@@ -105,6 +105,8 @@ def cannot_run(deployed: Deployed, spec: ModelSpec) -> list[str]:
     d, out = deployed.what, []
     if spec.moe is None and any(u.redundant_experts for u in d.units):
         out.append("redundant_experts: this model has no routed experts; leave the key out")
+    if spec.moe is None and d.wire != "auto":
+        out.append("wire: this model has no routed experts whose rows could travel; leave the key out")
     roles = {u.role for u in d.units}
     if not (roles >= {"prefill", "decode"} or "mixed" in roles):
         runs = "units of roles prefill and decode, at least one of each, or one of role mixed"
@@ -141,6 +143,7 @@ def _values(deployed: Deployed, spec: ModelSpec) -> tuple[Value, ...]:
         Value("model name", deployed.served_name, "the folder's name; clients ask for it"),
         Value("architecture", spec.architecture, f"config.json: {spec.n_layers} layers{n_experts}"),
         Value("drafts", str(d.drafts), GIVEN if "drafts" in d.given else _why_drafts(spec)),
+        Value("wire", d.wire, _why("wire" in d.given, "rows reach experts exactly")),
         Value("weights", _kind(d) if d.weights != "auto" else "auto", why_weights + scaled),
         Value("listen", f"{d.listen[0]}:{d.listen[1]}", _why("listen" in d.given, "this machine only")),
         Value("clients' keys", *_key(deployed, d.api_key_file, "api_key_file", "only this machine can reach it")),
@@ -244,6 +247,8 @@ def _unit_values(
         per = "for the unit" if name == "max_waiting" else "each rank"
         why = GIVEN if getattr(limits, name) is not None else DEFAULT
         out.append(Value(name, f"{getattr(config, name)} {per}", why))
+    why = GIVEN if limits.rank_deadline is not None else DEFAULT
+    out.append(Value("rank_deadline", f"{config.rank_deadline:g} s", why))
     shared = "shared by the ranks of a host; "
     out.append(Value("kv_disk", limits.kv_disk or "none", shared + GIVEN if limits.kv_disk else DEFAULT))
     wanted = limits.max_context or spec.context

@@ -1,6 +1,8 @@
 """`brigade join`: this machine runs its ranks of units whose head is elsewhere, until the head ends it."""
 
 import asyncio
+import errno
+import ipaddress
 import logging
 import signal
 from pathlib import Path
@@ -77,6 +79,7 @@ def run(config: "JoinConfig") -> None:
     """Supervise until the head ends it or a signal comes. Raises Fault: code 2 if the hosts do not agree."""
     from brigade.engine.supervisor import HeadMissing, HostRefused
 
+    _check_own(config.address)
     try:
         end = asyncio.run(_supervise(config))
     except HostRefused as e:
@@ -85,6 +88,24 @@ def run(config: "JoinConfig") -> None:
         raise Fault(str(e)) from e
     if end:
         raise Fault(end)
+
+
+def _check_own(address: str) -> None:
+    """Ranks listen on it. The head would lend this machine the place of the right one, and only the head would hear of
+    it. Raises Fault; not for a name, which may mean this machine only later, as that of a pod that was moved."""
+    from brigade.comm.meeting import listen
+
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return
+    try:
+        listen(address).close()
+    except OSError as e:
+        if e.errno == errno.EADDRNOTAVAIL:
+            raise Fault(
+                f"{address} is not an address of this machine; give the one that other hosts reach it by", 2
+            ) from e
 
 
 async def _supervise(config: "JoinConfig") -> str:

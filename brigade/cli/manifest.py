@@ -57,6 +57,8 @@ def manifest(
 
     if not NAME.fullmatch(name):
         raise Fault(f"--name must be up to 31 small letters, digits and '-', beginning with a letter, not {name!r}", 2)
+    if not image.strip() or image != "".join(image.split()):
+        raise Fault(f"--image must be an image's name without spaces, like registry/brigade:0.1, not {image!r}", 2)
     secret = keys or f"{name}-keys"
     found = objects(Deployed(file, read_deployment(file)), image, name, secret, model_claim, cpus)
     typer.echo(
@@ -86,6 +88,8 @@ def objects(
         raise Fault(f"{deployed.file}: {problems[0]}", 2)
     if d.admin_key_file is not None:
         raise Fault(f"{deployed.file}: admin_key_file: Kubernetes objects do not carry it yet; leave it out", 2)
+    if d.host_port == PORT:
+        raise Fault(f"{deployed.file}: host_port: pods listen for clients on {PORT}; give another one", 2)
     if d.rank_memory is None:
         raise Fault(f"{deployed.file}: 'rank_memory' is missing; pods ask for memory by it, like rank_memory: 16GiB", 2)
     if any(d.limits_of(units).kv_disk for units in d.units):

@@ -130,6 +130,8 @@ def serve(
         raise Fault("--secret-file and --join-port are for several hosts; name them with --hosts", 2)
     if several and ranks not in (_ENGINE.ranks, several.layouts[0].n_ranks):
         raise Fault(f"--ranks is {ranks}, but --hosts names {several.layouts[0].n_ranks} in all; leave --ranks out", 2)
+    if several and join_port == port != 0 and host in (several.here, "0.0.0.0", "::"):
+        raise Fault(f"--join-port {join_port} is that of --port; give another one", 2)
     try:
         disk, disk_bytes = parse_disk(kv_disk) if kv_disk else ("", 0)
         engine = EngineConfig(

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brigade.comm.exchange import LANES, Bounds, Turns
-from brigade.comm.group import PeerLost
 from brigade.comm.mesh import FIRST_FREE_CHANNEL, Mesh
 from brigade.comm.wire import Index, Rows, Wire, raw
 
@@ -82,7 +81,7 @@ class MeshExchange:
                 out[pairs] = at.y[lo:hi]
                 continue
             if len(came[rank]) != out.itemsize * pairs.size * bounds.width:
-                raise PeerLost([rank], f"sent {len(came[rank])} bytes of results for {pairs.size} rows")
+                raise mesh.lost([rank], f"sent {len(came[rank])} bytes of results for {pairs.size} rows")
             out[pairs] = np.frombuffer(came[rank], out.dtype).reshape(pairs.size, bounds.width)
         return bounds.given(y_PD)
 
@@ -92,13 +91,13 @@ class MeshExchange:
         n_tokens, n_pairs = (int(n) for n in np.frombuffer(data, np.int32, 2)) if len(data) >= 8 else (-1, -1)
         want = 8 + 8 * n_pairs + n_tokens * bounds.wire.row_bytes
         if min(n_tokens, n_pairs) < 0 or len(data) != want:
-            raise PeerLost([rank], f"sent {len(data)} bytes for {n_tokens} tokens and {n_pairs} rows")
+            raise self._mesh.lost([rank], f"sent {len(data)} bytes for {n_tokens} tokens and {n_pairs} rows")
         tokens = np.frombuffer(data, np.int32, n_pairs, 8)
         slots = np.frombuffer(data, np.int32, n_pairs, 8 + 4 * n_pairs)
         rows = np.frombuffer(data, np.uint8, n_tokens * bounds.wire.row_bytes, 8 + 8 * n_pairs)
         lo, hi = bounds.of[self._mesh.rank], bounds.of[self._mesh.rank + 1]
         if n_pairs and not (tokens.min() >= 0 and tokens.max() < n_tokens and lo <= slots.min() and slots.max() < hi):
-            raise PeerLost([rank], "sent rows for experts that are not here")
+            raise self._mesh.lost([rank], "sent rows for experts that are not here")
         return tokens.astype(np.int64), slots, rows.reshape(n_tokens, bounds.wire.row_bytes)
 
 

@@ -10,7 +10,7 @@ depends on the machine, the network and the step's size, so it is measured. For 
 4. Until the next trial twice as many steps pass as before: it costs ever less, and cannot change to and fro.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from brigade.core.scheduler import Slice, StepPlan
@@ -54,8 +54,8 @@ def cut(plan: StepPlan, n: int) -> tuple[StepPlan, ...]:
 
 def _split(s: Slice, n: int) -> tuple[Slice, Slice]:
     return (
-        Slice(s.rid, s.tokens[:n], s.start, s.pages, False),
-        Slice(s.rid, s.tokens[n:], s.start + n, s.pages, s.sample),
+        replace(s, tokens=s.tokens[:n], sample=False),
+        replace(s, tokens=s.tokens[n:], start=s.start + n),
     )
 
 

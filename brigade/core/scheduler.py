@@ -276,7 +276,8 @@ class Scheduler:
 
     def abort(self, rid: int) -> bool:
         """Drop a request in any state; False if it is not known (any more). Safe while a step that has it runs:
-        whoever gets its pages next writes them in a later step. Not while pages of its own are being filled."""
+        whoever gets its pages next writes them in a later step, or, if they are filled from elsewhere, after this one.
+        Not while pages of its own are being filled."""
         if req := self.arriving.get(rid):
             self._leave_arriving(req)
         elif req := self.live.get(rid):

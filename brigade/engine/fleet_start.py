@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from brigade.comm.kv.nixl import INSTALL, installed
 from brigade.engine.client import Engine
@@ -13,6 +14,8 @@ from brigade.engine.messages import Loading
 from brigade.engine.output import LoadError, Observer
 from brigade.engine.rendezvous import Rendezvous
 from brigade.engine.site import Site
+from brigade.engine.unit import check_ranks
+from brigade.spec.config import BadConfig, read_spec
 from brigade.spec.layout import Layout, on_one_host
 
 
@@ -49,6 +52,7 @@ async def start_units(
     """
     if config.link == "nixl" and not installed():
         raise LoadError(f"link nixl: the package nixl-cu12 is not here; {INSTALL}")
+    _check(config)
     layouts = tuple(on_one_host(u.engine.ranks) for u in config.units) if hosts is None else hosts.layouts
     base = Base(config, layouts)
     try:
@@ -57,6 +61,15 @@ async def start_units(
         await base.close(str(e) if isinstance(e, LoadError) else "")
         raise
     return base
+
+
+def _check(config: FleetConfig) -> None:
+    """What the small files of the checkpoint tell, before other hosts are waited for. Raises LoadError."""
+    for unit in (u.engine for u in config.units):
+        try:
+            check_ranks(unit, read_spec(Path(unit.model), unit.drafts))
+        except BadConfig as e:
+            raise LoadError(str(e)) from e
 
 
 async def _sites(base: Base, hosts: HostsConfig | None) -> list[Site]:

@@ -17,8 +17,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-ANSWER_DEADLINE = 120.0
-"""Seconds for an answer. The first one waits for the imports, which a cold disk makes slow."""
+FIRST_DEADLINE = 120.0
+"""Seconds for the first answer, which waits for the imports: a cold disk makes them slow."""
+ANSWER_DEADLINE = 10.0
+"""Seconds for each later one: a template that has imported everything answers in a few hundredths of one."""
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 
 _lock = threading.Lock()
@@ -56,6 +58,7 @@ class Template:
     def __init__(self) -> None:
         """Raises OSError if the system cannot start it."""
         self.surroundings = _surroundings()
+        self._answered = False
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -89,8 +92,10 @@ class Template:
     def _ask(self, numbers: bytes) -> tuple[int, int]:
         """Process id and error number. Raises OSError; ConnectionError if the template is gone."""
         self._sock.sendmsg([numbers], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
-        if not select.select([self._sock], [], [], ANSWER_DEADLINE)[0]:
-            raise TimeoutError(f"the process that workers are forked from has not answered for {ANSWER_DEADLINE:g} s")
+        deadline = ANSWER_DEADLINE if self._answered else FIRST_DEADLINE
+        if not select.select([self._sock], [], [], deadline)[0]:
+            raise TimeoutError(f"the process that workers are forked from has not answered for {deadline:g} s")
+        self._answered = True
         answer = array.array("i", self._sock.recv(64))
         if len(answer) != 2:
             raise ConnectionResetError("no answer")
@@ -103,8 +108,9 @@ class Template:
 
 
 def fork(files: Sequence[int]) -> Forked:
-    """A new worker process (see Template.fork). A template that is gone is started anew, once. Blocks for as long as
-    the imports take, the first time. Raises OSError."""
+    """A new worker process (see Template.fork). A template that is gone is started anew, once; one that does not answer
+    is ended, so that the next call starts another. Blocks for as long as the imports take, the first time. Raises
+    OSError."""
     global _template
     with _lock:
         if _template is not None and _template.surroundings != _surroundings():
@@ -118,6 +124,9 @@ def fork(files: Sequence[int]) -> Forked:
             _end()
             _template = Template()
             return _first(_template, files)
+        except TimeoutError:  # it has these files by now, and may yet make a worker of them: they are not used again
+            _end()
+            raise
 
 
 def environment() -> dict[str, str]:

@@ -11,9 +11,10 @@ import logging
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -111,6 +112,9 @@ class Handing:
         """Transfers that run -> when they began, in nanoseconds."""
         self.laps: Laps | None = None
         """Where transfers are noted while somebody records."""
+        self.steps: Callable[[], Future[Any]] | None = None
+        """Gives what is done once all steps planned so far have run; None: none ever runs behind. They may write into
+        pages that were given back, by a request that has left, and reserved for another one since."""
 
     @classmethod
     def of(
@@ -231,7 +235,7 @@ class Handing:
             req = self._scheduler.arriving[rid]
             self._ended.pop(rid, None)
             self._began[rid] = time.monotonic_ns()
-            self._fetches.fetch(rid, offer, req.pages, req.done)
+            self._fetches.fetch(rid, offer, req.pages, req.done, self.steps() if self.steps else None)
 
     def drop(self, rid: int) -> bool:
         """Nobody wants this request any more. False if it is the scheduler's alone."""

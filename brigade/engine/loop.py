@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -121,6 +122,7 @@ class Loop:
         self.recorded = recorded or Recorded(Laps(time.monotonic_ns))
         if handing:
             handing.laps = self.recorded.turns
+            handing.steps = partial(self._do, _nothing) if self._behind else None
         self._told, self._took = Way(1, 0), 0
         """The last committed step and its microseconds; 0: told already. All ranks commit in step."""
 

@@ -58,6 +58,12 @@ def pause(n_failed: int) -> float:
     return min(0.5 * ((1 << min(n_failed, 10)) - 1), LONGEST_PAUSE)
 
 
+def check_ranks(config: EngineConfig, spec: ModelSpec) -> None:
+    """Raise LoadError for a unit with ranks that no expert would be left for."""
+    if spec.moe is not None and config.ranks > spec.moe.n_experts:
+        raise LoadError(f"ranks is {config.ranks}, but the model has only {spec.moe.n_experts} routed experts a layer")
+
+
 class UnitLost(ConnectionError):
     """No rank is left that could go on. The message says how the last ones ended."""
 
@@ -137,10 +143,7 @@ class Unit:
 
         `site`: where they run; None: all here.
         """
-        if spec.moe is not None and config.ranks > spec.moe.n_experts:
-            raise LoadError(
-                f"ranks is {config.ranks}, but the model has only {spec.moe.n_experts} routed experts a layer"
-            )
+        check_ranks(config, spec)
         site = site or Site(on_one_host(config.ranks))
         unit = cls(config, site.hosts(config, spec), where, kv)
         try:

@@ -1,7 +1,7 @@
 """One rank's place in its unit: its number, the group it meets the others in, and the experts it holds.
 
 On one host the ranks meet in shared memory. On several, all ranks meet over TCP as well, and rows go once to each host
-and fan out there through its memory.
+and fan out there through its memory; straight to the rank where each host has one.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from brigade.comm.handshake import Refused
 from brigade.comm.hierarchical import HierarchicalExchange, Hosts
 from brigade.comm.meeting import Stopped, listen
 from brigade.comm.mesh import Mesh, patience
+from brigade.comm.remote import MeshExchange
 from brigade.comm.segment import FIRST_GENERATION, Segment
 from brigade.comm.shared import SharedExchange, SharedGroup
 from brigade.comm.wire import Wire
@@ -104,6 +105,8 @@ class UnitRank:
         if self._shared is None or spec.moe is None:
             return None
         if self._mesh is not None and self._network is not None:
+            if max(self._network.sizes) == 1:  # nowhere do rows fan out: they go straight to where they are computed
+                return MeshExchange(self._mesh, self.bounds(spec), spec.moe.top_k, wire)
             return HierarchicalExchange(self._mesh, self._shared, self._network.sizes, self.bounds(spec), wire)
         return SharedExchange(self._shared, self.bounds(spec), wire)
 

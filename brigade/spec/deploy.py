@@ -19,6 +19,7 @@ T = TypeVar("T")
 Path = tuple[str | int, ...]
 """Where a value stands: ("units", 0, "hosts", 1) is units[0].hosts[1]."""
 WeightType = Literal["auto", "bf16", "int8", "int4"]
+WireType = Literal["auto", "bf16", "int8", "fp8"]
 Link = Literal["shared", "tcp", "nixl"]
 
 LOCAL = "127.0.0.1"
@@ -65,6 +66,8 @@ class Limits:
     """Bytes of a rank's KV cache."""
     kv_disk: str | None = None
     """Folder on each host that keeps what has left this cache, and its bound, as "/mnt/nvme:200GiB"."""
+    rank_deadline: float | None = None
+    """Seconds that a rank waits for the others in a step before the one that is missing is replaced."""
 
     def over(self, wide: "Limits") -> "Limits":
         """These limits, and those of `wide` where these say nothing."""
@@ -115,6 +118,8 @@ class Deployment:
     weights: WeightType = "auto"
     drafts: int = 0
     """Tokens that the checkpoint's multi-token-prediction layer guesses in each step of every unit."""
+    wire: WireType = "auto"
+    """How rows travel to experts in every unit: exactly, or smaller and rounded."""
     rank_memory: int | None = None
     """Bytes that one rank may take; None: what its machine has free."""
     listen: tuple[str, int] = (LOCAL, 8000)
@@ -188,6 +193,7 @@ def deployment_from(data: object, where: str = "deploy.yaml", line_of: Mapping[P
         model=table.take("model", _text, None),
         weights=cast(WeightType, table.take("weights", _one_of(WeightType), "auto")),
         drafts=table.take("drafts", _number("drafts"), 0),
+        wire=cast(WireType, table.take("wire", _one_of(WireType), "auto")),
         rank_memory=table.take("rank_memory", _size("rank_memory"), None),
         listen=table.take("listen", _address_and_port, (LOCAL, 8000)),
         api_key_file=table.take("api_key_file", _text, None),
@@ -320,6 +326,7 @@ def _limits(table: _Table, source: _Source, path: Path = ()) -> Limits:
         **numbers,
         kv_memory=inner.take("kv_memory", _size("kv_memory"), None),
         kv_disk=inner.take("kv_disk", _disk, None),
+        rank_deadline=inner.take("rank_deadline", _seconds(0.1), None),
     )
 
 
@@ -327,7 +334,7 @@ def _change_roles(table: _Table, source: _Source) -> ChangeRoles | None:
     if "change_roles" not in table.values:
         return None
     inner = _Table(table.take("change_roles", lambda v: v), ("change_roles",), CHANGE_KEYS, source)
-    return ChangeRoles(**{key: inner.take(key, _seconds) for key in inner.values})
+    return ChangeRoles(**{key: inner.take(key, _seconds(0.01)) for key in inner.values})
 
 
 def _check_hosts(hosts: tuple[str, ...], count: int, at: Path, source: _Source) -> None:
@@ -340,6 +347,17 @@ def _check_hosts(hosts: tuple[str, ...], count: int, at: Path, source: _Source) 
         raise source.fault(at, "is empty; name at least one host, or leave it out for this machine")
 
 
+def _check_host_port(d: Deployment, source: _Source) -> None:
+    """Refuse a port that hosts and others would call: it would show only after all hosts have read their weights."""
+    keys = ("listen", "admin_listen") if d.admin_key_file is not None else ("listen",)
+    for key in keys:
+        address, port = getattr(d, key)
+        if port == d.host_port and address in (d.head, "0.0.0.0", "::"):
+            at = "host_port" if "host_port" in d.given else key
+            other = key if at == "host_port" else "host_port"
+            raise source.fault((at,), f"port {port} is that of {other!r}; give another one")
+
+
 def _check_guards(d: Deployment, source: _Source) -> None:
     """Nobody may come in without proof: clients from other machines, and hosts."""
     if not is_loopback(d.listen[0]) and d.api_key_file is None:
@@ -350,6 +368,8 @@ def _check_guards(d: Deployment, source: _Source) -> None:
         raise source.fault(("admin_listen",), text)
     if d.admin_key_file is not None and d.admin_listen[1] == d.listen[1]:
         raise source.fault(("admin_listen",), f"port {d.listen[1]} is that of 'listen'; give another one")
+    if d.other_hosts:
+        _check_host_port(d, source)
     for i, units in enumerate(d.units):
         at: Path = ("units", i, "hosts") if "hosts" in units.given else ("units", i)
         for address in units.hosts:
@@ -404,6 +424,10 @@ def _text(v: object) -> str:
         raise ValueError(f"must be text, not {_kind(v)}; put it in quotes")
     if "\0" in v:
         raise ValueError("must not hold a NUL character")
+    try:
+        v.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not hold half a character (a surrogate); write the whole one") from None
     return v
 
 
@@ -452,10 +476,13 @@ def _number(key: str) -> Callable[[object], int]:
     return read
 
 
-def _seconds(v: object) -> float:
-    if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0.01 <= v <= 3600:
-        raise ValueError(f"must be seconds from 0.01 to 3600, not {_kind(v)}")
-    return float(v)
+def _seconds(least: float) -> Callable[[object], float]:
+    def read(v: object) -> float:
+        if not isinstance(v, (int, float)) or isinstance(v, bool) or not least <= v <= 3600:
+            raise ValueError(f"must be seconds from {least} to 3600, not {_kind(v)}")
+        return float(v)
+
+    return read
 
 
 def _size(key: str) -> Callable[[object], int]:

@@ -132,6 +132,7 @@ def test_a_model_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path) -> Non
     ("args", "message"),
     [
         (("--ranks", "5", "--hosts", "127.0.0.1=1,127.0.0.2=1"), "--ranks is 5, but --hosts names 2 in all; leave"),
+        (("--port", "7000", "--hosts", "127.0.0.1=1,127.0.0.2=1"), "--join-port 7000 is that of --port; give another"),
         (("--hosts", "127.0.0.1=1,10.0.0.2=1"), "--hosts: 127.0.0.1 is this machine only, and 10.0.0.2 cannot reach"),
         (("--hosts", "10.0.0.2=1,localhost=1"), "--hosts: localhost is this machine only, and 10.0.0.2 cannot reach"),
     ],
@@ -145,3 +146,19 @@ def test_hosts_that_cannot_work_are_refused_before_anything_is_loaded(
     code, out, err = invoke("serve", *args, "--secret-file", str(secret))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"brigade: {message}")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [((), "ranks is 40, but the model has only 32 routed experts"), (("/none",), "/none/config.json: cannot be read")],
+)
+def test_hosts_are_not_waited_for_with_a_model_that_cannot_run(
+    model: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef")
+    secret.chmod(0o600)
+    hosts = "127.0.0.1=20,127.0.0.2=20"
+    code, _, err = invoke("serve", *model, "--port", "0", "--hosts", hosts, "--secret-file", str(secret))
+    assert code == 2
+    assert message in err.splitlines()[-1]

@@ -60,3 +60,10 @@ def test_a_wait_that_cannot_be_is_refused(tmp_path: Path) -> None:
     code, _, err = invoke(*arguments, "--wait", "-1")
     assert code == 2
     assert "wait must be 0 or more seconds, not -1" in err
+
+
+def test_a_host_does_not_take_the_place_of_another_one(tmp_path: Path) -> None:
+    arguments = ("join", "127.0.0.1", "--secret-file", str(secret_file(tmp_path)))
+    code, _, err = invoke(*arguments, "--address", "192.0.2.1")
+    assert code == 2
+    assert "192.0.2.1 is not an address of this machine" in err

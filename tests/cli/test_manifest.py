@@ -129,6 +129,9 @@ def test_memory_is_that_of_the_ranks_of_a_host(tmp_path: Path) -> None:
     [
         ("units: [{role: mixed}]", (), "'rank_memory' is missing; pods ask for memory by it"),
         ("units: [{role: decode}]", (), "there are only decode units"),
+        ("rank_memory: 1GiB\nhost_port: 8000", (), "host_port: pods listen for clients on 8000; give another one"),
+        (ONE_HOST, ("--image", "two words"), "--image must be an image's name without spaces"),
+        (ONE_HOST, ("--image", ""), "--image must be an image's name without spaces"),
         ("units: [{role: decode}, {role: prefill}]", (), "'rank_memory' is missing"),
         ("rank_memory: 1GiB\nlimits: {kv_disk: '/mnt:1GiB'}", (), "kv_disk: pods written here have no disk for it"),
         (ONE_HOST, ("--name", "Crew"), "--name must be up to 31 small letters"),

@@ -97,11 +97,13 @@ def test_a_fleet_on_two_hosts_is_started_from_one_file_and_its_hand_overs_are_in
 def test_settings_of_the_file_are_the_engines(tmp_path: Path) -> None:
     limits = {"max_running": 5, "max_waiting": 6, "max_context": 70, "max_step_tokens": 80, "kv_memory": "1MiB"}
     limits["kv_disk"] = "/mnt/a:b:2MiB"
-    data = {"weights": "int8", "drafts": 1, "limits": limits, "units": [{"role": "mixed", "ranks_per_host": 3}]}
+    limits["rank_deadline"] = 7.5
+    unit = {"role": "mixed", "ranks_per_host": 3}
+    data = {"weights": "int8", "drafts": 1, "wire": "fp8", "limits": limits, "units": [unit]}
     engine = engine_config(Deployed(tmp_path / "d.yaml", deployment_from(data)), read_spec(DEMO_MODEL))
     assert (engine.model, engine.weights, engine.ranks, engine.kv_bytes) == (str(DEMO_MODEL), "int8", 3, 1 << 20)
     assert (engine.kv_disk, engine.kv_disk_bytes) == ("/mnt/a:b", 2 << 20)
-    assert engine.drafts == 1
+    assert (engine.drafts, engine.wire, engine.rank_deadline) == (1, "fp8", 7.5)
     assert (engine.max_running, engine.max_waiting, engine.max_context, engine.max_step_tokens) == (5, 6, 70, 80)
 
 
@@ -123,6 +125,8 @@ def test_a_ranks_memory_bounds_its_cache(tmp_path: Path) -> None:
         ("units: [{role: mixed, ranks_per_host: 64}]", "64 ranks, but the model has 32 routed experts a layer"),
         ("model: none", "none/config.json"),
         ("drafts: 2", "drafts: must be from 0 to 1, not 2"),
+        ("wire: fp4", "wire: must be auto, bf16, int8 or fp8, not 'fp4'"),
+        ("limits: {rank_deadline: 0}", "limits.rank_deadline: must be seconds from 0.1 to 3600, not 0"),
         ("limits: {max_running: 600}", "max_step_tokens must be at least max_running"),
         ("api_key_file: none", "none is not a file; write the key into it: (umask 077; openssl"),
         ("api_key_file: short", "the API key has 3 characters"),

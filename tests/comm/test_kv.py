@@ -1,6 +1,7 @@
 """Rows of a KV cache reach another rank whole, or the rank is told in time that they do not."""
 
 import contextlib
+import errno
 import functools
 import os
 import random
@@ -9,6 +10,8 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -419,6 +422,38 @@ def test_a_side_that_is_gone_is_a_failure_not_an_exception(tcp: Link) -> None:
     offer = tcp.offer(1, [5, 6], 0, 8)
     tcp.server.close()
     assert tcp.fetch(2, offer, [0, 1]).failure
+
+
+def test_callers_that_say_nothing_keep_no_rank_out(tcp: Link) -> None:
+    """More of them than there is room for, all at once, and more while rows are fetched."""
+    host, _, port = tcp.server.address.rpartition(":")
+    with ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(socket.create_connection((host, int(port)), 5))
+        assert not tcp.fetch(2, tcp.offer(1, [5, 6], 0, 8), [0, 1]).failure
+
+
+def test_a_caller_that_cannot_be_taken_is_not_the_end(tcp: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        """A listener that once has no file number left for a caller."""
+
+        def __init__(self, listener: socket.socket) -> None:
+            self.listener, self.n_failed = listener, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.listener, name)
+
+        def accept(self) -> Any:
+            if not self.n_failed:
+                self.n_failed += 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return self.listener.accept()
+
+    full = Full(tcp.server._listener)
+    monkeypatch.setattr(tcp.server, "_listener", full)
+    for rid in 2, 3:  # the first is taken by the accept that waits already
+        assert not tcp.fetch(rid, tcp.offer(rid, [5, 6], 0, 8), [0, 1]).failure
+    assert full.n_failed == 1
 
 
 PIECE = struct.Struct("!III")

@@ -61,10 +61,10 @@ def test_random_steps_lose_nothing_and_keep_their_order() -> None:
 
 
 def test_only_the_end_of_a_chunk_that_was_cut_samples() -> None:
-    p = StepPlan((Slice(7, (5, 6, 7, LAST), 3, (1, 2), True),))
+    p = StepPlan((Slice(7, (5, 6, 7, LAST), 3, (1, 2), True, prompt_end=6),))
     head, tail = cut(p, 2)
-    assert head.slices == (Slice(7, (5, 6), 3, (1, 2), False),)
-    assert tail.slices == (Slice(7, (7, LAST), 5, (1, 2), True),)
+    assert head.slices == (Slice(7, (5, 6), 3, (1, 2), False, prompt_end=6),)
+    assert tail.slices == (Slice(7, (7, LAST), 5, (1, 2), True, prompt_end=6),)
 
 
 def test_a_token_and_the_drafts_after_it_stay_together() -> None:

@@ -104,6 +104,21 @@ def test_a_template_that_was_killed_is_started_anew() -> None:
             assert worker.poll() is another.poll() is None
 
 
+def test_a_template_that_stands_still_is_ended_and_the_next_call_starts_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with forked():
+        before = template()
+    before.suspend()
+    with monkeypatch.context() as m:
+        m.setattr(forks, "ANSWER_DEADLINE", 0.1)
+        with pytest.raises(TimeoutError, match="has not answered"), forked():
+            pass
+    assert not before.is_running()
+    with forked() as (worker, _):
+        assert worker.poll() is None
+
+
 def test_a_template_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forks, "_template", None)
     monkeypatch.setattr(sys, "executable", "/bin/false")

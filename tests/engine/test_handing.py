@@ -21,8 +21,23 @@ from brigade.core.request import Request
 from brigade.core.scheduler import Scheduler, Slice, StepPlan
 from brigade.engine import handing
 from brigade.engine.handing import Handing
-from brigade.engine.messages import Adopt, Adopted, Computed, Follow, Gone, Offered, Refused, Reserve, Reserved, Token
+from brigade.engine.loop import Loop
+from brigade.engine.messages import (
+    Abort,
+    Add,
+    Adopt,
+    Adopted,
+    Computed,
+    Follow,
+    Gone,
+    Offered,
+    Refused,
+    Reserve,
+    Reserved,
+    Token,
+)
 from brigade.engine.worker import Wrote
+from brigade.model.sampling import Choice
 from brigade.spec.sampling import SamplingParams
 
 PAGE, N_PAGES, ROW, EOS = 2, 8, 16, 7
@@ -252,6 +267,58 @@ def test_so_does_a_transfer_that_nobody_follows_up(decode: Side, memory: Memory)
 def test_what_can_never_fit_is_refused(decode: Side) -> None:
     decode.handing.take(reserve(1, 40))
     assert [type(m) for m in decode.sent] == [Refused]
+
+
+class LateWorker:
+    """Each of its steps writes zeros into the pages that it has. The second one, of a request that leaves meanwhile,
+    stands still for as long as somebody else could be writing there."""
+
+    mover, spec = None, SimpleNamespace(eos_ids=(EOS,))
+
+    def __init__(self, rows: Rows, written: threading.Event) -> None:
+        self.rows, self.written, self.n_ran = rows, written, 0
+
+    def add(self, rid: int, prompt: list[int], params: SamplingParams, new: Sequence[int] = ()) -> None: ...
+    def forget(self, rid: int) -> None: ...
+
+    def run(self, plan: StepPlan, n: int, wrote: Wrote | None) -> dict[int, list[Choice]]:
+        self.n_ran += 1
+        if self.n_ran == 2:
+            self.written.wait(0.5)
+        for s in plan.slices:
+            self.rows.memory.reshape(2, N_PAGES, PAGE * ROW)[:, list(s.pages)] = 0
+        return {s.rid: [Choice(9, 0.0, ())] for s in plan.slices if s.sample}
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_rows_are_not_overwritten_by_steps_of_a_request_that_has_left(decode: Side, memory: Memory, depth: int) -> None:
+    """It leaves its pages to another one while its last step has yet to run, behind the loop."""
+    written = threading.Event()
+
+    def read(piece: Piece, runs: Iterator[Bytes], go_on: GoOn) -> int:
+        check = copy_checked(piece.runs(memory.rows), runs)
+        if piece.layer == 1:
+            written.set()
+        return check
+
+    memory.read = read  # type: ignore[method-assign]
+    memory.offers.complete(50, memory.pages)
+    told = deque([[Add(7, list(range(12)), PARAMS)], [], [Abort(7), reserve(1)], [Follow(1, memory.offer)]])
+    sent = decode.sent.extend
+    channel: Any = SimpleNamespace(poll=lambda timeout: told.popleft() if told else [], send=lambda *m: sent(m))
+    worker: Any = LateWorker(decode.rows, written)
+    loop = Loop(worker, decode.scheduler, channel, depth, handing=decode.handing)
+    while told or loop.pending:
+        loop.turn()
+    until = time.monotonic() + 5
+    while decode.handing._fetches.fetching(1):  # type: ignore[union-attr]
+        loop.turn()
+        assert time.monotonic() < until
+    assert worker.n_ran == 2
+    here, there = (r.memory.reshape(2, N_PAGES * PAGE, ROW) for r in (decode.rows, memory.rows))
+    pages = decode.scheduler.arriving[1].pages
+    slots = [pages[i // PAGE] * PAGE + i % PAGE for i in range(5)]
+    assert (here[:, slots] == there[:, :5]).all()
 
 
 # The side that gives ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 other writes."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -14,8 +15,12 @@ from brigade.engine import auto
 from brigade.engine.config import EngineConfig
 from brigade.engine.worker import Worker
 from brigade.model.batch import build
+from brigade.model.on_cpu_kernels import CpuModel
 from brigade.model.overlap import in_turn
+from tests.model.checkpoints import VOCAB
+from tests.model.conftest import Made
 from tests.model.driving import generate
+from tests.model.test_deepseek_cpu import WIDE
 from tests.model.test_schedules import workload
 
 WIRE = "bf16"
@@ -61,6 +66,22 @@ def test_logits_of_a_step_do_not_depend_on_the_cut(worker: Worker) -> None:
     if worker.dtype == "float32":  # torch sums in another order, and what travels is rounded to bf16 after that
         assert (whole - halves).square().mean().sqrt() < 0.002 * whole.std()
         return
+    assert torch.equal(whole, halves)
+
+
+@torch.inference_mode()
+def test_a_prompt_has_one_form_in_one_micro_batch_and_in_two(checkpoint: Callable[[str], Made]) -> None:
+    """As DeepSeek's own checkpoints are: the rows of a prompt's whole pages are rounded in a way of their own."""
+    config = EngineConfig(model=str(checkpoint(WIDE)[0]), wire=WIRE, kv_bytes=1 << 26)
+    worker = Worker.load(config, auto.this_machine(), lambda done, total: None)[0]
+    if not isinstance(worker.model, CpuModel):
+        pytest.skip("no C++ kernels: torch has one form of a prompt")
+    assert worker.model.two_forms
+    rng = random.Random(3)
+    tokens = tuple(rng.randrange(VOCAB) for _ in range(64))
+    plan = StepPlan((Slice(0, tokens, 0, (9, 8, 7, 6), True, prompt_end=48),))
+    whole = worker.model.forward(every_row(worker, plan))
+    halves = worker.model.forward(*(every_row(worker, part) for part in cut(plan, 2)))
     assert torch.equal(whole, halves)
 
 

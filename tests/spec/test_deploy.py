@@ -35,12 +35,12 @@ def error_of(data: object, line_of: dict[Any, int] | None = None) -> str:
 
 def test_the_set_of_keys_is_small_and_known() -> None:
     top = (
-        "model weights drafts rank_memory listen api_key_file admin_listen admin_key_file gateway host_port "
+        "model weights drafts wire rank_memory listen api_key_file admin_listen admin_key_file gateway host_port "
         "secret_file link units limits change_roles"
     )
     assert " ".join(KEYS) == top
     assert " ".join(UNIT_KEYS) == "role name count hosts ranks_per_host redundant_experts limits"
-    assert " ".join(LIMIT_KEYS) == "max_running max_waiting max_context max_step_tokens kv_memory kv_disk"
+    assert " ".join(LIMIT_KEYS) == "max_running max_waiting max_context max_step_tokens kv_memory kv_disk rank_deadline"
 
 
 def test_an_empty_mapping_is_one_rank_of_the_demo_model_here() -> None:
@@ -107,6 +107,7 @@ def test_units_may_share_one_host() -> None:
         ({"model": 7}, "d.yaml: model: must be text, not 7"),
         ({"model": " "}, "d.yaml: model: must be text"),
         ({"model": "a\0b"}, "d.yaml: model: must not hold a NUL"),
+        ({"model": "a\ud800"}, "d.yaml: model: must not hold half a character"),
         ({"weights": "int9"}, "d.yaml: weights: must be auto, bf16, int8 or int4, not 'int9'; did you mean int8?"),
         ({"units": [{}]}, "d.yaml: units[0]: 'role' is missing; add it"),
         ({"link": "nixel"}, "link: must be shared, tcp or nixl, not 'nixel'; did you mean nixl?"),
@@ -228,6 +229,30 @@ def test_orders_to_units_are_taken_on_loopback_where_there_is_a_key_for_them() -
 )
 def test_an_admin_address_without_a_key_or_a_port_of_its_own_is_refused(data: dict[str, Any], problem: str) -> None:
     assert problem in error_of(data)
+
+
+TWO_HOSTS = {"secret_file": "s", "units": [{"role": "mixed", "hosts": ["10.0.0.1", "10.0.0.2"]}]}
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"listen": "10.0.0.1:7000", "api_key_file": "k"}, "listen: port 7000 is that of 'host_port'"),
+        ({"listen": "0.0.0.0:80", "api_key_file": "k", "host_port": 80}, "host_port: port 80 is that of 'listen'"),
+        (
+            {"admin_key_file": "k", "admin_listen": "10.0.0.1:7000"},
+            "admin_listen: port 7000 is that of 'host_port'; give another one",
+        ),
+    ],
+)
+def test_hosts_have_a_port_of_their_own(data: dict[str, Any], problem: str) -> None:
+    assert problem in error_of(TWO_HOSTS | data)
+    assert deployment_from({**data, "host_port": 7001} | TWO_HOSTS).host_port == 7001
+
+
+def test_one_port_at_two_addresses_is_two_ports_and_no_host_calls_where_there_is_none() -> None:
+    assert deployment_from(TWO_HOSTS | {"listen": "127.0.0.1:7000"}).listen[1] == 7000
+    assert deployment_from({"listen": "127.0.0.1:7000"}).listen[1] == 7000
 
 
 # Roles that change ---------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.rows import Bytes, Piece, Rows
@@ -32,6 +32,8 @@ TRIES = 2
 """How often a transfer may go wrong, once all rows are finished, before it fails."""
 _PAUSE = 0.25
 """Seconds before it is tried again, while the rows are not finished."""
+_LOOK = 0.05
+"""Seconds between two looks, while steps have the pages, at whether the transfer goes on at all."""
 _AT_ONCE = 64
 """Transfers of one rank that run at the same time: most of them wait for the other side to compute."""
 
@@ -81,8 +83,8 @@ class Fetched(NamedTuple):
 class _Transfer:
     """What one thread copies, and how it is told what others want of it."""
 
-    def __init__(self, offer: Offer, pages: Sequence[int], start: int) -> None:
-        self.offer, self.pages = offer, list(pages)
+    def __init__(self, offer: Offer, pages: Sequence[int], start: int, after: "Future[Any] | None") -> None:
+        self.offer, self.pages, self._after = offer, list(pages), after
         self.have = [start] * offer.n_layers
         self.until: float | None = None
         """When it has failed; None: the rows are not finished yet."""
@@ -123,6 +125,12 @@ class _Transfer:
         if self.over:
             raise TimeoutError("the rows did not come in time")
 
+    def settle(self) -> None:
+        """Wait for the steps that may still write into the pages. Raises what `go_on` does."""
+        while self._after is not None and not self._after.done():
+            self.go_on()
+            wait([self._after], _LOOK)
+
     def pause(self) -> None:
         """Before another try: none once the rows are finished, or when something has changed."""
         if self.until is None:
@@ -138,14 +146,17 @@ class Fetches:
         self._running: dict[int, _Transfer] = {}
         self._behind = ThreadPoolExecutor(_AT_ONCE, "kv-fetches")
 
-    def fetch(self, rid: int, offer: Offer, pages: Sequence[int], start: int) -> None:
-        """Copy the offered rows from token `start` on, where they must begin, into `pages` of the own cache.
+    def fetch(
+        self, rid: int, offer: Offer, pages: Sequence[int], start: int, after: "Future[Any] | None" = None
+    ) -> None:
+        """Copy the offered rows from token `start` on, where they must begin, into `pages` of the own cache; not before
+        `after` is done, whatever comes of it.
 
         Raises ValueError if `rid` is being fetched already: pages are written by one transfer at a time.
         """
         if rid in self._running:
             raise ValueError(f"request {rid} is being fetched already")
-        transfer = self._running[rid] = _Transfer(offer, pages, start)
+        transfer = self._running[rid] = _Transfer(offer, pages, start, after)
         transfer.done = self._behind.submit(self._run, transfer, start)
 
     def fetching(self, rid: int) -> bool:
@@ -189,6 +200,7 @@ class Fetches:
             offer = transfer.begin()
             self._check(offer, start, len(transfer.have))
             try:
+                transfer.settle()
                 self._follow(offer, transfer)
                 return
             except Moved:

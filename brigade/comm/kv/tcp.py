@@ -43,14 +43,19 @@ _PIECE, _CHECK = struct.Struct("!III"), struct.Struct("!BQ")
 _BEAT, _GONE = 0xFFFFFFFF, 0xFFFFFFFE
 """In place of a layer."""
 _CALL_S = 5.0
-"""Seconds for a connection and its handshake."""
+"""Seconds for a connection and its handshake, on the side that calls."""
+_HANDSHAKE_S = 2.0
+"""Seconds that a caller has for its part of it."""
 BEAT_S = 1.0
 """Seconds between two signs of life while nothing more is finished."""
 SILENCE_S = 5.0
 """Seconds without a byte after which the other side counts as lost."""
 _TICK_S = 0.05
 """Seconds between two looks at what others want of a transfer that waits."""
+_MAX_STRANGERS = 64
+"""Handshakes at a time. One more ends the oldest: silent callers cannot keep out a rank."""
 _MAX_CALLERS = 256
+"""Ranks that follow offers at a time."""
 _PIECES = 64
 """Runs that one system call sends."""
 
@@ -69,6 +74,8 @@ class KvServer:
         self._listener = listen(host)
         port = self._listener.getsockname()[1]
         self.address = f"{host}:{port}"
+        self._strangers: dict[socket.socket, None] = {}
+        """Whose handshake is under way, oldest first."""
         self._callers: set[socket.socket] = set()
         self._lock, self._closed = threading.Lock(), False
         threading.Thread(target=self._accept, name="kv-server", daemon=True).start()
@@ -79,8 +86,8 @@ class KvServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
-            callers = list(self._callers)
-        for sock in callers:
+            socks = [*self._strangers, *self._callers]
+        for sock in socks:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
@@ -88,23 +95,27 @@ class KvServer:
         while not self._closed:
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                return
-            with self._lock:
-                full = len(self._callers) >= _MAX_CALLERS
-                if not full:
-                    self._callers.add(sock)
-            if full:
-                sock.close()  # the caller tries again
+            except OSError as e:  # the caller has left again, this process has too many files open, or it is the end
+                if not self._closed:
+                    log.info("a caller for KV rows cannot be taken now: %s", e)
+                    time.sleep(_TICK_S)
                 continue
+            with self._lock:
+                if len(self._strangers) >= _MAX_STRANGERS:
+                    oldest = next(iter(self._strangers))
+                    del self._strangers[oldest]
+                    with contextlib.suppress(OSError):  # it left by itself
+                        oldest.shutdown(socket.SHUT_RDWR)  # its thread sees the end and closes it
+                self._strangers[sock] = None
             threading.Thread(target=self._serve, args=(sock,), name="kv-caller", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
         rows = self._offers.rows
         try:
             with sock:
-                until = time.monotonic() + _CALL_S
+                until = time.monotonic() + _HANDSHAKE_S
                 answer(sock, _hello(rows.n_layers, rows.row_bytes), self._secret, until)
+                self._know(sock)
                 welcome(sock, until)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.settimeout(self._deadline)
@@ -115,7 +126,16 @@ class KvServer:
             log.info("a caller for KV rows has gone: %s", e)
         finally:
             with self._lock:
+                self._strangers.pop(sock, None)
                 self._callers.discard(sock)
+
+    def _know(self, sock: socket.socket) -> None:
+        """It is a rank. Raises ConnectionError if there is no room for it: it tries again."""
+        with self._lock:
+            self._strangers.pop(sock, None)
+            if len(self._callers) >= _MAX_CALLERS:
+                raise ConnectionError(f"{_MAX_CALLERS} ranks follow offers already")
+            self._callers.add(sock)
 
     def _give(self, sock: socket.socket, rid: int, with_rows: bool, have: list[int]) -> None:
         """All that is finished, in the order in which it is, until the caller has everything or goes."""
