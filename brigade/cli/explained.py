@@ -243,6 +243,8 @@ def _unit_values(
     for name in ("max_running", "max_waiting", "max_step_tokens"):
         per = "for the unit" if name == "max_waiting" else "each rank"
         why = GIVEN if getattr(limits, name) is not None else DEFAULT
+        if name == "max_waiting" and kind.role == "prefill":
+            why += "; counts while it decodes"
         out.append(Value(name, f"{getattr(config, name)} {per}", why))
     shared = "shared by the ranks of a host; "
     out.append(Value("kv_disk", limits.kv_disk or "none", shared + GIVEN if limits.kv_disk else DEFAULT))
