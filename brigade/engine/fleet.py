@@ -138,6 +138,11 @@ class Fleet:
         return Ready(sum(e.ready.n_pages for e in self._engines), narrowest.page, narrowest.max_context, notes)
 
     @property
+    def most(self) -> int:
+        """Requests that it takes before it turns further ones away."""
+        return self.crew.most
+
+    @property
     def failed(self) -> bool:
         """A bug ended one of the engines: it will not come back."""
         return any(engine.failed for engine in self._engines)
@@ -232,7 +237,7 @@ class Fleet:
         return min(self._engines, key=lambda e: e.ready.max_context)
 
     def _turn_away_if_full(self) -> None:
-        if len(self._flights) < self.crew.most:
+        if len(self._flights) < self.most:
             return
         seconds = self._pace.turn_away(time.monotonic())
         raise QueueFull(f"{len(self._flights)} requests are running or waiting, which is the limit; try again", seconds)
