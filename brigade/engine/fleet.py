@@ -41,10 +41,12 @@ RETRY_EVERY = 0.02
 
 
 class Parked(NamedTuple):
-    """A request that waits for a unit."""
+    """A request that waits for a unit of a side."""
 
     priority: int
     rid: int
+    side: Side
+    flight: Flight
     again: Callable[[], None]
 
 
@@ -210,17 +212,26 @@ class Fleet:
         """A request has come to another state."""
         self._observer.moved(flight.generation.rid, flight.state)
 
-    def park(self, flight: Flight, again: Callable[[], None]) -> None:
-        """Try again when there may be a unit, the most urgent requests first; their own deadlines end them."""
-        insort(self._parked, Parked(flight.priority, flight.generation.rid, again), key=lambda p: p[:2])
-        if self._waiting is None:
+    def park(self, flight: Flight, side: Side, again: Callable[[], None]) -> None:
+        """Try again when there is a unit of this side, the most urgent requests first; their own deadlines end them."""
+        one = Parked(flight.priority, flight.generation.rid, side, flight, again)
+        insort(self._parked, one, key=lambda p: p[:2])
+        self._look_soon()
+
+    def _look_soon(self) -> None:
+        if self._parked and self._waiting is None:
             self._waiting = asyncio.get_running_loop().call_later(RETRY_EVERY, self._retry)
 
     def _retry(self) -> None:
+        """Looks for units, not at each request: thousands may wait while a unit starts, which needs the time."""
         self._waiting = None
-        parked, self._parked = self._parked, []
+        there = self.crew.there
+        parked = [one for one in self._parked if one.flight.state is not State.ENDED]
+        self._parked = [one for one in parked if one.side not in there]
         for one in parked:
-            one.again()
+            if one.side in there:
+                one.again()
+        self._look_soon()
 
     def adopted(self, failure: str, seconds: float) -> None:
         self.transfers["computed" if failure else "fetched"] += 1

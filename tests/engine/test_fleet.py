@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -16,6 +17,7 @@ from brigade.core.handover import Deadlines
 from brigade.engine import fleet_start, handing
 from brigade.engine.fleet import Fleet
 from brigade.engine.fleet_config import FleetConfig, UnitConfig
+from brigade.engine.flight import RequestPart
 from brigade.engine.keeper import Keeper
 from brigade.engine.messages import Loading
 from brigade.engine.output import LoadError, Unavailable, Unobserved
@@ -109,6 +111,31 @@ async def test_a_request_that_no_unit_takes_is_told_so_at_its_deadline(
     with pytest.raises(Unavailable, match=r"no unit could take the request within 0.3 s: no decode unit: none takes"):
         await asyncio.wait_for(pair.submit(ALL[2], LONG), 3)
     pair.crew.undrain("decode-0")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_requests_that_wait_for_a_unit_are_looked_at_when_there_is_one(
+    pair: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_looks, choose = 0, pair.crew.choose
+
+    def counted(*args: Any) -> RequestPart | None:
+        nonlocal n_looks
+        n_looks += 1
+        return choose(*args)
+
+    monkeypatch.setattr(pair.crew, "choose", counted)
+    pair.crew.drain("decode-0", force=True)
+    try:
+        waiting = [asyncio.create_task(ask_all(pair, [p], GREEDY)) for p in ALL]
+        await asyncio.sleep(0.3)
+        assert n_looks == len(ALL)
+        waiting[0].cancel()
+        assert await until(lambda: len(pair._parked) == len(ALL) - 1, 5), "who has left is not remembered"
+    finally:
+        pair.crew.undrain("decode-0")
+    assert await asyncio.gather(*waiting[1:]) == [[says(p, GREEDY)] for p in ALL[1:]]
+    assert not pair._parked
 
 
 @pytest.mark.asyncio(loop_scope="module")
