@@ -38,6 +38,8 @@ log = logging.getLogger("brigade.fleet")
 
 RETRY_EVERY = 0.02
 """Seconds between two looks for a unit, for requests that wait for one."""
+TURN = 0.01
+"""Seconds for which requests may be given out before others are heard: with hundreds of ranks each takes 1 ms."""
 
 
 class Parked(NamedTuple):
@@ -216,22 +218,25 @@ class Fleet:
         """Try again when there is a unit of this side, the most urgent requests first; their own deadlines end them."""
         one = Parked(flight.priority, flight.generation.rid, side, flight, again)
         insort(self._parked, one, key=lambda p: p[:2])
-        self._look_soon()
+        self._look_again(RETRY_EVERY)
 
-    def _look_soon(self) -> None:
+    def _look_again(self, seconds: float) -> None:
         if self._parked and self._waiting is None:
-            self._waiting = asyncio.get_running_loop().call_later(RETRY_EVERY, self._retry)
+            self._waiting = asyncio.get_running_loop().call_later(seconds, self._retry)
 
     def _retry(self) -> None:
-        """Looks for units, not at each request: thousands may wait while a unit starts, which needs the time."""
+        """Looks for units, not at each request: thousands may wait while a unit starts, which needs the time. When it
+        is there they are given to it in turns, between which everybody else is heard."""
         self._waiting = None
-        there = self.crew.there
+        there, until, n = self.crew.there, time.monotonic() + TURN, 0
         parked = [one for one in self._parked if one.flight.state is not State.ENDED]
+        todo = [one for one in parked if one.side in there]
         self._parked = [one for one in parked if one.side not in there]
-        for one in parked:
-            if one.side in there:
-                one.again()
-        self._look_soon()
+        while n < len(todo) and time.monotonic() < until:
+            todo[n].again()
+            n += 1
+        self._parked = sorted([*self._parked, *todo[n:]], key=lambda p: p[:2])
+        self._look_again(0.0 if todo[n:] else RETRY_EVERY)
 
     def adopted(self, failure: str, seconds: float) -> None:
         self.transfers["computed" if failure else "fetched"] += 1
