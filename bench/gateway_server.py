@@ -45,7 +45,7 @@ class StubEngine:
     def __init__(self, metrics: Metrics, token_seconds: float) -> None:
         self.spec, self.tokenizer = read_spec(DEMO_MODEL), Tokenizer(DEMO_MODEL)
         self.generation: dict[str, Any] = read_json(DEMO_MODEL / "generation_config.json")
-        self.config = SimpleNamespace(model=str(DEMO_MODEL), max_running=ROOM, max_waiting=0)
+        self.config, self.most = SimpleNamespace(model=str(DEMO_MODEL)), ROOM
         self.ready = Ready(n_pages=1 << 16, page=16, max_context=2048, notes=[])
         self.failed = False
         self.times: Times = {}

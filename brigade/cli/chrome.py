@@ -7,15 +7,17 @@ what runs steps, and the loop between them. The gateway has two threads for each
 the request was.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from brigade.core.laps import Lap
 
 if TYPE_CHECKING:
+    from brigade.engine.messages import Ran
     from brigade.engine.recorder import RankSpans
     from brigade.serve.tracer import Recording, RequestSpans
 
@@ -24,7 +26,7 @@ GATEWAY = 1
 """Its pid; those of ranks follow."""
 MODEL, LOOP, LINK = 1, 2, 3
 """Threads of a rank."""
-TRANSFER = "transfer"
+TRANSFER, COMMIT = "transfer", "commit"
 
 
 class Clock:
@@ -42,10 +44,46 @@ class Clock:
         return {"ph": "X", "name": name, "ts": at, "dur": self.at(end) - at, "pid": pid, "tid": tid, "args": args}
 
 
-def chrome_trace(recording: "Recording", only: str | None = None) -> Event:
-    """The whole trace; `only`: of this one request, and of the steps that had it."""
-    requests = [r for r in recording.requests if only is None or r.name == only]
+def of_request(recording: "Recording", name: str) -> "Recording":
+    """What was done for this one request alone, and the steps that had it."""
+    requests = [r for r in recording.requests if r.name == name]
     names = _names(recording, requests)
+    units = [replace(unit, ranks=[_of_request(rank, names) for rank in unit.ranks]) for unit in recording.units]
+    return replace(recording, requests=requests, units=units)
+
+
+def _of_request(rank: "RankSpans", names: dict[int, tuple[str, int]]) -> "RankSpans":
+    steps = [s for s in rank.steps if any(rid in names for rid, _, _ in s.slices)]
+    parts = list(_within(rank.parts, [(s.begin, s.end) for s in steps]))
+    transfers = [t for t in rank.turns if t[0] == TRANSFER and t[3] in names]
+    return replace(rank, steps=steps, parts=parts, turns=[*_turns(rank.turns, steps), *transfers])
+
+
+def _turns(turns: Sequence[Lap], steps: "Sequence[Ran]") -> list[Lap]:
+    """What the loop did for these steps: of each kind the last before a step, and the commit after it."""
+    kept: dict[Lap, None] = {}
+    for name in dict.fromkeys(t[0] for t in turns if t[0] != TRANSFER):
+        laps = [t for t in turns if t[0] == name]
+        begins, ends = [begin for _, begin, *_ in laps], [end for _, _, end, *_ in laps]
+        for step in steps:
+            at = bisect_left(begins, step.end) if name == COMMIT else bisect_right(ends, step.begin) - 1
+            if 0 <= at < len(laps):
+                kept[laps[at]] = None
+    return list(kept)
+
+
+def of_rank(recording: "Recording", unit: str, rank: int | None) -> "Recording":
+    """What one rank did, or all of a unit, beside the gateway. Raises ValueError, saying which there are."""
+    ranks = [r for u in recording.units if u.name == unit for r in u.ranks if rank in (None, r.rank)]
+    if not ranks:
+        there = ", ".join(f"{u.name} with {len(u.ranks)}" for u in recording.units)
+        raise ValueError(f"there is no such rank; units and their ranks are {there}")
+    return replace(recording, units=[replace(u, ranks=ranks) for u in recording.units if u.name == unit])
+
+
+def chrome_trace(recording: "Recording") -> Event:
+    """The whole trace."""
+    requests, names = recording.requests, _names(recording, recording.requests)
     events = list(_gateway(recording, requests))
     notes = []
     pid = GATEWAY
@@ -58,7 +96,7 @@ def chrome_trace(recording: "Recording", only: str | None = None) -> Event:
             pid += 1
             name = f"{unit.name} rank {rank.rank} ({unit.role})"
             events += _name(pid, 0, "process_name", name)
-            events += _rank(rank, pid, Clock(recording.began, rank.offset), names, only is not None)
+            events += _rank(rank, pid, Clock(recording.began, rank.offset), names)
             if rank.problem:
                 notes.append(f"{name}: {rank.problem}")
             if rank.n_lost:
@@ -111,28 +149,26 @@ def _stands(recording: "Recording", r: "RequestSpans", ended: int) -> Iterator[t
             yield state, at, max(at, end)
 
 
-def _rank(rank: "RankSpans", pid: int, clock: Clock, names: dict[int, tuple[str, int]], only: bool) -> Iterator[Event]:
+def _rank(rank: "RankSpans", pid: int, clock: Clock, names: dict[int, tuple[str, int]]) -> Iterator[Event]:
     for tid, name in (MODEL, "model"), (LOOP, "loop"), (LINK, "link"):
         yield from _name(pid, tid, "thread_name", name)
-    steps = [s for s in rank.steps if not only or any(rid in names for rid, _, _ in s.slices)]
-    for step in steps:
+    for step in rank.steps:
         has = {names[rid][0] if rid in names else f"request {rid}": n for rid, _, n in step.slices}
         n = sum(has.values())
         title = f"step of {n} token{'' if n == 1 else 's'}"
         yield clock.span(title, step.begin, step.end, pid, MODEL, requests=has, micro_batches=step.micro_batches)
         for flow in sorted({names[rid][1] for rid, _, _ in step.slices if rid in names}):
             yield _flow("t", flow, clock.at(step.begin), pid, MODEL)
-    for name, begin, end, layer, lane in _within(rank.parts, [(s.begin, s.end) for s in steps]) if only else rank.parts:
+    for name, begin, end, layer, lane in rank.parts:
         args = {"layer": layer, "micro_batch": lane} if layer >= 0 else {}
         yield clock.span(name, begin, end, pid, MODEL, **args)
     for name, begin, end, rid, _ in rank.turns:
         if name != TRANSFER:
-            if not only:
-                yield clock.span(name, begin, end, pid, LOOP)
-        elif not only or rid in names:
-            here = {"cat": TRANSFER, "name": TRANSFER, "id": rid, "pid": pid, "tid": LINK}
-            yield {**here, "ph": "b", "ts": clock.at(begin), "args": {"request": names.get(rid, (str(rid),))[0]}}
-            yield {**here, "ph": "e", "ts": clock.at(end)}
+            yield clock.span(name, begin, end, pid, LOOP)
+            continue
+        here = {"cat": TRANSFER, "name": TRANSFER, "id": rid, "pid": pid, "tid": LINK}
+        yield {**here, "ph": "b", "ts": clock.at(begin), "args": {"request": names.get(rid, (str(rid),))[0]}}
+        yield {**here, "ph": "e", "ts": clock.at(end)}
 
 
 def _within(parts: Sequence[Lap], spans: Sequence[tuple[int, int]]) -> Iterator[Lap]:

@@ -246,6 +246,8 @@ def _unit_values(
     for name in ("max_running", "max_waiting", "max_step_tokens"):
         per = "for the unit" if name == "max_waiting" else "each rank"
         why = GIVEN if getattr(limits, name) is not None else DEFAULT
+        if name == "max_waiting" and kind.role == "prefill":
+            why += "; counts while it decodes"
         out.append(Value(name, f"{getattr(config, name)} {per}", why))
     why = GIVEN if limits.rank_deadline is not None else DEFAULT
     out.append(Value("rank_deadline", f"{config.rank_deadline:g} s", why))

@@ -21,6 +21,8 @@ DEADLINE = 10.0
 """Seconds for an answer, which the server has at hand."""
 BAR = 6
 """Characters of a full cache's bar."""
+AROUND = 12
+"""Lines of a screen beside the table's rows."""
 
 
 def status(
@@ -93,7 +95,8 @@ def _live(client: "httpx.Client", url: str, every: float) -> None:
     from rich.text import Text
 
     report, at = parse(fetch(client, url)), time.monotonic()
-    with Live(shown(report, url), screen=True, auto_refresh=False) as live:
+    with Live(screen=True, auto_refresh=False) as live:
+        live.update(shown(report, url, lines=live.console.height), refresh=True)
         while True:
             time.sleep(every)
             try:
@@ -101,29 +104,32 @@ def _live(client: "httpx.Client", url: str, every: float) -> None:
             except Fault as e:
                 live.update(Text(one_line(str(e)), style="bold red"), refresh=True)
                 continue
-            live.update(
-                shown(new, url, rate=(new.generation_tokens - report.generation_tokens) / (now - at)), refresh=True
-            )
+            rate = (new.generation_tokens - report.generation_tokens) / (now - at)
+            live.update(shown(new, url, rate, live.console.height), refresh=True)
             report, at = new, now
 
 
-def shown(report: "ServerReport", url: str, rate: float | None = None) -> "Group":
-    """Everything for a terminal. `rate`: tokens a second since the last look."""
+def shown(report: "ServerReport", url: str, rate: float | None = None, lines: int | None = None) -> "Group":
+    """Everything for a terminal. `rate`: tokens a second since the last look. `lines`: that the screen has, which does
+    not scroll: more ranks than fit are shown as units; None: it does."""
     from rich.console import Group
     from rich.text import Text
 
     state = Text("ready", style="bold green") if report.ready else Text(one_line(report.reason), style="bold red")
     head = Text.assemble((report.model, "bold"), f" at {url}   ", state, f"   up {_duration(report.uptime)}")
-    parts: list[RenderableType] = [head, units_table(report.units)]
+    n_ranks = sum(len(unit.ranks) for unit in report.units)
+    by_unit = lines is not None and n_ranks > lines - AROUND
+    parts: list[RenderableType] = [head, units_table(report.units, by_unit)]
     parts += [_unusual(unit) for unit in report.units if unit.state != "serving"]
     return Group(*parts, _requests(report, rate), _handovers(report.handovers))
 
 
-def units_table(units: "list[UnitReport]") -> "Table":
-    """One line for each rank."""
+def units_table(units: "list[UnitReport]", by_unit: bool = False) -> "Table":
+    """One line for each rank, or for each unit, with the sums of its ranks."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    # One space between columns: with two, caches of thousands of pages push the last ones out of 80 characters.
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")
     for name in ("unit", "role"):
         table.add_column(name, no_wrap=True)
     for name in ("rank", "run", "wait"):
@@ -132,12 +138,14 @@ def units_table(units: "list[UnitReport]") -> "Table":
     for name in ("pages", "reserved", "offered", "restarts"):
         table.add_column(name, justify="right", no_wrap=True)
     for unit in units:
-        for rank in unit.ranks:
-            first = rank is unit.ranks[0]
+        ranks = [_together(unit.ranks)] if by_unit else unit.ranks
+        for rank in ranks:
+            first = rank is ranks[0]
             table.add_row(
                 unit.name if first else "",
                 unit.role if first else "",
-                *map(str, (rank.rank, rank.running, rank.waiting)),
+                f"all {len(unit.ranks)}" if by_unit else str(rank.rank),
+                *map(str, (rank.running, rank.waiting)),
                 _bar(rank),
                 f"{rank.kv_pages_used}/{rank.kv_pages}",
                 *map(str, (rank.kv_pages_reserved, rank.kv_pages_offered)),
@@ -145,6 +153,13 @@ def units_table(units: "list[UnitReport]") -> "Table":
                 style="red" if unit.reason else None,
             )
     return table
+
+
+def _together(ranks: "list[RankReport]") -> "RankReport":
+    """The sums of all of them."""
+    from brigade.serve.units import RankReport
+
+    return RankReport(**{name: sum(getattr(rank, name) for rank in ranks) for name in RankReport.__dataclass_fields__})
 
 
 def _bar(rank: "RankReport") -> str:

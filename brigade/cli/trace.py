@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brigade.cli.chrome import chrome_trace, shares
+from brigade.cli.chrome import chrome_trace, of_rank, of_request, shares
 from brigade.cli.fault import Fault, one_line
 from brigade.cli.protocol import (
     DEFAULT_URL,
@@ -48,6 +48,9 @@ def trace(
         str | None, typer.Option(metavar="PROMPT", help="Send this prompt and record what is done for it alone.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="With --request: tokens of the answer.", min=1)] = 32,
+    rank: Annotated[
+        str | None, typer.Option(metavar="UNIT[:RANK]", help="Keep only what this rank did, or all of the unit.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")] = Path("trace.json"),
 ) -> None:
     """Record what the gateway and all ranks do, step by step and layer by layer, for ui.perfetto.dev.
@@ -67,7 +70,11 @@ def trace(
                 f"no answer from {address}: {one_line(str(e)) or type(e).__name__}; is the server running?"
             ) from e
     recording = parse(body)
-    made = chrome_trace(recording, name)
+    if name is not None:
+        recording = of_request(recording, name)
+    if rank is not None:
+        recording = _of_rank(recording, rank)
+    made = chrome_trace(recording)
     try:
         out.write_text(json.dumps(made, separators=(",", ":")))
     except OSError as e:
@@ -126,6 +133,17 @@ def parse(body: bytes) -> "Recording":
         return msgspec.convert(told, Recording)
     except msgspec.MsgspecError as e:
         raise Fault(f"/debug/trace did not answer as this version of Brigade does: {e}") from e
+
+
+def _of_rank(recording: "Recording", rank: str) -> "Recording":
+    """`rank`: as the option has it. Raises Fault."""
+    unit, colon, number = rank.partition(":")
+    if colon and not number.isdecimal():
+        raise Fault(f"--rank {rank}: say it as decode-0:3, or decode-0 for all ranks of the unit", 2)
+    try:
+        return of_rank(recording, unit, int(number) if colon else None)
+    except ValueError as e:
+        raise Fault(f"--rank {rank}: {one_line(str(e))}", 2) from e
 
 
 def _show(recording: "Recording") -> None:

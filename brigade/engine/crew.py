@@ -96,6 +96,11 @@ class Crew:
         part = member.parts[rid] = RequestPart(flight, side, rid, member, rank, whole)
         return part
 
+    @property
+    def there(self) -> set[Side]:
+        """Sides that a rank can be had for now."""
+        return {side for duty in self._duties() if duty.up for side in duty.sides}
+
     def got_token(self, part: RequestPart) -> None:
         self._router.got_token(part.rid)
 

@@ -38,13 +38,17 @@ log = logging.getLogger("brigade.fleet")
 
 RETRY_EVERY = 0.02
 """Seconds between two looks for a unit, for requests that wait for one."""
+TURN = 0.01
+"""Seconds for which requests may be given out before others are heard: with hundreds of ranks each takes 1 ms."""
 
 
 class Parked(NamedTuple):
-    """A request that waits for a unit."""
+    """A request that waits for a unit of a side."""
 
     priority: int
     rid: int
+    side: Side
+    flight: Flight
     again: Callable[[], None]
 
 
@@ -138,6 +142,11 @@ class Fleet:
         return Ready(sum(e.ready.n_pages for e in self._engines), narrowest.page, narrowest.max_context, notes)
 
     @property
+    def most(self) -> int:
+        """Requests that it takes before it turns further ones away."""
+        return self.crew.most
+
+    @property
     def failed(self) -> bool:
         """A bug ended one of the engines: it will not come back."""
         return any(engine.failed for engine in self._engines)
@@ -205,17 +214,29 @@ class Fleet:
         """A request has come to another state."""
         self._observer.moved(flight.generation.rid, flight.state)
 
-    def park(self, flight: Flight, again: Callable[[], None]) -> None:
-        """Try again when there may be a unit, the most urgent requests first; their own deadlines end them."""
-        insort(self._parked, Parked(flight.priority, flight.generation.rid, again), key=lambda p: p[:2])
-        if self._waiting is None:
-            self._waiting = asyncio.get_running_loop().call_later(RETRY_EVERY, self._retry)
+    def park(self, flight: Flight, side: Side, again: Callable[[], None]) -> None:
+        """Try again when there is a unit of this side, the most urgent requests first; their own deadlines end them."""
+        one = Parked(flight.priority, flight.generation.rid, side, flight, again)
+        insort(self._parked, one, key=lambda p: p[:2])
+        self._look_again(RETRY_EVERY)
+
+    def _look_again(self, seconds: float) -> None:
+        if self._parked and self._waiting is None:
+            self._waiting = asyncio.get_running_loop().call_later(seconds, self._retry)
 
     def _retry(self) -> None:
+        """Looks for units, not at each request: thousands may wait while a unit starts, which needs the time. When it
+        is there they are given to it in turns, between which everybody else is heard."""
         self._waiting = None
-        parked, self._parked = self._parked, []
-        for one in parked:
-            one.again()
+        there, until, n = self.crew.there, time.monotonic() + TURN, 0
+        parked = [one for one in self._parked if one.flight.state is not State.ENDED]
+        todo = [one for one in parked if one.side in there]
+        self._parked = [one for one in parked if one.side not in there]
+        while n < len(todo) and time.monotonic() < until:
+            todo[n].again()
+            n += 1
+        self._parked = sorted([*self._parked, *todo[n:]], key=lambda p: p[:2])
+        self._look_again(0.0 if todo[n:] else RETRY_EVERY)
 
     def adopted(self, failure: str, seconds: float) -> None:
         self.transfers["computed" if failure else "fetched"] += 1
@@ -232,7 +253,7 @@ class Fleet:
         return min(self._engines, key=lambda e: e.ready.max_context)
 
     def _turn_away_if_full(self) -> None:
-        if len(self._flights) < self.crew.most:
+        if len(self._flights) < self.most:
             return
         seconds = self._pace.turn_away(time.monotonic())
         raise QueueFull(f"{len(self._flights)} requests are running or waiting, which is the limit; try again", seconds)

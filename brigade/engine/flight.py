@@ -191,7 +191,7 @@ class Flight:
         left = self.generation.params.max_tokens - (len(self.tokens) - len(self.prompt))
         part = self._fleet.choose(self, "decode", max(left, 1))
         if part is None:
-            self._fleet.park(self, self.place)
+            self._fleet.park(self, "decode", self.place)
             return
         self._parts["decode"] = part
         self.on(Event.PLACED_WHOLE if part.whole else Event.PLACED)
@@ -202,7 +202,7 @@ class Flight:
             return
         part = self._fleet.choose(self, "prefill", 1)
         if part is None:
-            self._fleet.park(self, self.prefill)
+            self._fleet.park(self, "prefill", self.prefill)
             return
         self._parts["prefill"] = part
         self._arm()

@@ -1,7 +1,7 @@
 """Which rank gets which request: keeps what is in flight on each rank and asks core/routing.py. Sends nothing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from brigade.core.prefixes import SentPrefixes
 from brigade.core.routing import NewRequest, RankLoad, Weights, choose, pairs
@@ -41,6 +41,24 @@ class InFlight:
     """Tokens it has got."""
 
 
+@dataclass(slots=True)
+class Has:
+    """What is in flight on one rank, counted as it comes and goes: adding up thousands of requests for each new one
+    would take the gateway milliseconds."""
+
+    rids: dict[int, None] = field(default_factory=dict)
+    """In the order in which they came."""
+    kv_tokens: int = 0
+    queued_tokens: int = 0
+    queued_pairs: float = 0.0
+
+    def queue(self, n_prompt: int, sign: int) -> None:
+        """A prompt is to be computed (1), or need not be any more (-1). Pairs are halves of whole numbers, so their sum
+        comes back to nothing."""
+        self.queued_tokens += sign * n_prompt
+        self.queued_pairs += sign * pairs(n_prompt, 0)
+
+
 class Router:
     """Gives each request a rank, of one unit or of several, whose pages have `page` tokens."""
 
@@ -49,6 +67,7 @@ class Router:
         self._roles: Mapping[int, Role] = dict.fromkeys(range(len(rooms)), "mixed")
         self._sent = [SentPrefixes(page, room.pages) for room in rooms]
         self._in_flight: dict[int, InFlight] = {}
+        self._has = [Has() for _ in rooms]
         self._last = -1
 
     def place(
@@ -66,13 +85,13 @@ class Router:
             cached = {rank: self._sent[rank].known(prompt, salt) for rank in roles}
             rank = self._choose(NewRequest(len(prompt), max_new), cached, roles)
             self._sent[rank].add(prompt, salt)
-        self._in_flight[rid] = InFlight(rank, len(prompt), roles[rank] != "decode")
+        self._begin(rid, InFlight(rank, len(prompt), roles[rank] != "decode"))
         self._last = rank
         return rank
 
     def put(self, rid: int, rank: int, n_prompt: int) -> None:
         """A request that somebody else has placed is in flight on this rank from now on."""
-        self._in_flight[rid] = InFlight(rank, n_prompt)
+        self._begin(rid, InFlight(rank, n_prompt))
 
     def _choose(self, request: NewRequest, cached: dict[int, int], roles: Mapping[int, Role]) -> int:
         for limited in (True, False):
@@ -89,34 +108,46 @@ class Router:
 
     def got_token(self, rid: int) -> None:
         if found := self._in_flight.get(rid):
+            has = self._has[found.rank]
+            if found.computes and not found.n_new:
+                has.queue(found.n_prompt, -1)
             found.n_new += 1
+            has.kv_tokens += 1
 
     def ended(self, rid: int) -> None:
-        self._in_flight.pop(rid, None)
+        if found := self._in_flight.pop(rid, None):
+            has = self._has[found.rank]
+            if found.computes and not found.n_new:
+                has.queue(found.n_prompt, -1)
+            del has.rids[rid]
+            has.kv_tokens -= found.n_prompt + found.n_new
 
     def lost(self, rank: int) -> list[int]:
         """A rank has lost its cache: forget what it had of prompts. Returns the requests that were in flight there."""
         self._sent[rank] = SentPrefixes(self._page, self._rooms[rank].pages)
-        return [rid for rid, request in self._in_flight.items() if request.rank == rank]
+        return list(self._has[rank].rids)
 
     def _loads(self, roles: Mapping[int, Role], limited: bool) -> list[RankLoad]:
         """`limited`: by the room of each rank."""
-        on: dict[int, list[InFlight]] = {rank: [] for rank in roles}
-        for request in self._in_flight.values():
-            if request.rank in on:
-                on[request.rank].append(request)
-        return [self._load(rank, role, on[rank], limited) for rank, role in roles.items()]
+        return [self._load(rank, role, limited) for rank, role in roles.items()]
 
-    def _load(self, rank: int, role: Role, mine: list[InFlight], limited: bool) -> RankLoad:
-        queued = [r.n_prompt for r in mine if r.computes and not r.n_new]
-        room = self._rooms[rank]
+    def _load(self, rank: int, role: Role, limited: bool) -> RankLoad:
+        has, room = self._has[rank], self._rooms[rank]
         return RankLoad(
             rank=rank,
-            queued_tokens=sum(queued),
-            queued_pairs=sum(pairs(n, 0) for n in queued),
-            n_requests=len(mine),
+            queued_tokens=has.queued_tokens,
+            queued_pairs=has.queued_pairs,
+            n_requests=len(has.rids),
             max_requests=room.max_running if limited else NO_LIMIT,
-            kv_tokens=sum(r.n_prompt + r.n_new for r in mine),
+            kv_tokens=has.kv_tokens,
             max_kv_tokens=room.pages * self._page if limited else NO_LIMIT,
             role=role,
         )
+
+    def _begin(self, rid: int, request: InFlight) -> None:
+        self._in_flight[rid] = request
+        has = self._has[request.rank]
+        has.rids[rid] = None
+        has.kv_tokens += request.n_prompt
+        if request.computes:
+            has.queue(request.n_prompt, 1)

@@ -87,11 +87,12 @@ class Answer:
         salt: str,
         priority: int = 0,
     ) -> "Answer":
-        """Submit `params.choices()` for each prompt. Raises what Fleet.submit raises, leaving nothing running."""
+        """Submit `params.choices()` for each prompt. Raises what Fleet.submit raises, leaving nothing running, and
+        BadRequest for more choices than could ever run."""
         generations: list[Generation] = []
-        n_choices, room = sum(p.n for p in params), engine.config.max_running + engine.config.max_waiting
-        if n_choices > room:
-            raise BadRequest(f"{n_choices} choices are more than this server runs at a time ({room})", param="n")
+        n_choices, most = sum(p.n for p in params), engine.most
+        if n_choices > most:
+            raise BadRequest(f"{n_choices} choices are more than this server runs at a time ({most})", param="n")
         try:
             for prompt, wanted in zip(prompts, params, strict=True):
                 for each in wanted.choices():

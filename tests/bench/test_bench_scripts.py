@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from safetensors import safe_open
@@ -334,11 +335,13 @@ def test_what_a_hand_over_adds_is_measured(
     assert "| tcp |" in capsys.readouterr().out
 
 
-def test_chats_beside_long_prompts_are_measured_on_both_deployments(
-    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_chats_beside_long_prompts_are_measured_and_drawn_on_both_deployments(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["--chats", "1", "--prompt", "64", "--every", "0.3", "--seconds", "0.5"]
+    drawn = tmp_path / "drawn.svg"
+    arguments = ["--chats", "1", "--prompt", "64", "--every", "0.3", "--seconds", "0.5", "--plot", str(drawn)]
     monkeypatch.setattr(sys, "argv", ["bench.interference", str(tiny), *arguments])
     assert interference.main() == 0
     out = capsys.readouterr().out
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["mixed", "apart"]
+    assert len(ElementTree.parse(drawn).findall("{http://www.w3.org/2000/svg}polyline")) == 2

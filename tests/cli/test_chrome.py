@@ -3,7 +3,9 @@
 from collections import defaultdict
 from typing import Any
 
-from brigade.cli.chrome import chrome_trace, shares
+import pytest
+
+from brigade.cli.chrome import chrome_trace, of_rank, of_request, shares
 from brigade.engine.messages import Ran
 from brigade.engine.recorder import RankSpans
 from brigade.serve.tracer import Recording, RequestSpans, UnitSpans
@@ -32,7 +34,10 @@ def some_recording() -> Recording:
         0,
         steps=[Ran(4000, 8000, 1, [(10, 0, 19), (12, 0, 5)]), Ran(8100, 8200, 1, [(12, 5, 1)])],
         parts=[part("attention", 4100, 5000, 0), part("experts", 5000, 7900, 0), part("head", 8110, 8190)],
-        turns=[part("schedule", 3800, 3900), part("commit", 8000, 8050)],
+        turns=[
+            *(part("schedule", 3500, 3600), part("schedule", 3800, 3900), part("agree", 3900, 3950)),
+            *(part("commit", 8000, 8050), part("schedule", 8050, 8060), part("commit", 8200, 8210)),
+        ],
         n_lost=3,
     )
     decode = RankSpans(
@@ -94,8 +99,9 @@ def spans(trace: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def test_it_is_the_format_that_viewers_read() -> None:
-    for only in (None, "mine"):
-        check_format(chrome_trace(some_recording(), only))
+    whole = some_recording()
+    for recording in (whole, of_request(whole, "mine"), of_rank(whole, "decode-0", 0)):
+        check_format(chrome_trace(recording))
 
 
 def test_times_are_microseconds_since_the_beginning_on_the_gateways_clock() -> None:
@@ -119,11 +125,26 @@ def test_one_request_can_be_followed_from_the_gateway_over_both_ranks_and_back()
 
 
 def test_of_one_request_only_its_steps_are_there() -> None:
-    trace = chrome_trace(some_recording(), "mine")
+    recording = of_request(some_recording(), "mine")
+    trace = chrome_trace(recording)
     assert not spans(trace, "head")
-    assert not spans(trace, "schedule")
+    for name, at in ("schedule", 3.3), ("agree", 3.4), ("commit", 7.5):
+        assert [e["ts"] for e in spans(trace, name)] == [at], "what the loop did for other steps is not there"
     assert len(spans(trace, "request")) == 1
     assert [e["args"]["layer"] for e in spans(trace, "experts")] == [0]
+    assert shares(recording) == [("attention", 2, 4.8e-6), ("experts", 1, 2.9e-6)]
+
+
+def test_of_one_rank_or_unit_the_others_are_not_there() -> None:
+    def processes(unit: str, rank: int | None) -> list[str]:
+        events = chrome_trace(of_rank(some_recording(), unit, rank))["traceEvents"]
+        return [e["args"]["name"] for e in events if e["name"] == "process_name"]
+
+    assert processes("decode-0", 0) == ["gateway", "decode-0 rank 0 (decode)"]
+    assert processes("decode-0", None) == ["gateway", "decode-0 rank 0 (decode)", "decode-0 rank 1 (decode)"]
+    for unit, rank in ("decode-0", 2), ("mixed-0", None):
+        with pytest.raises(ValueError, match="prefill-0 with 1, decode-0 with 2"):
+            of_rank(some_recording(), unit, rank)
 
 
 def test_what_is_missing_and_whose_clock_differs_is_noted() -> None:

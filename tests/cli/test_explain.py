@@ -206,3 +206,9 @@ def test_runs_of_numbers_are_short() -> None:
     assert explained.ranges([3]) == "3"
     assert explained.ranges([0, 0, 8]) == "0 0 8"
     assert explained.ranges([]) == "none"
+
+
+def test_what_waits_counts_on_units_that_decode_alone() -> None:
+    units = explain({"units": [{"role": "prefill", "limits": {"max_waiting": 7}}, {"role": "decode"}]}).units
+    whys = [next(v.why for v in unit.values if v.key == "max_waiting") for unit in units]
+    assert whys == ["as the file says; counts while it decodes", "not given: the engine's default"]

@@ -3,12 +3,15 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from io import StringIO
 
 import msgspec
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from brigade.cli import app
+from brigade.cli.status import shown
 from brigade.serve.units import HandOvers, Percentiles, RankReport, ServerReport, UnitReport
 from tests.cli.saying import Server, saying
 
@@ -70,6 +73,29 @@ def test_it_shows_each_rank_its_queue_its_pages_and_its_hand_overs(server: Serve
     assert "2 prefilling, 5 decoding" in out
     assert "10 fetched, 5.0 ms each, 1 computed again" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_large_caches_fit_into_a_terminal_of_80_characters(server: Server) -> None:
+    ranks = [RankReport(0, 128, 1024, 12333, 12333, 12333, 12333, 5, 0)]
+    server.body = msgspec.json.encode(replace(REPORT, units=[replace(REPORT.units[0], restarts=12, ranks=ranks)]))
+    _, out, _ = run(server.url, "--once")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["unit", "role", "rank", "run", "wait", "KV", "pages", "reserved", "offered", "restarts"] in rows
+    assert ["prefill-0", "prefill", "0", "128", "1024", "██████", "12333/12333", "12333", "12333", "12"] in rows
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_screen_with_fewer_lines_than_ranks_shows_units_and_still_all_the_rest() -> None:
+    ranks = [RankReport(i, 3, 1, 40, 20, 8, 2, 5, 0) for i in range(144)]
+    report = replace(REPORT, units=[REPORT.units[0], replace(REPORT.units[1], ranks=ranks)])
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(shown(report, "here", lines=24))
+    rows = [line.split() for line in console.export_text().splitlines()]
+    assert len(rows) < 24
+    assert ["prefill-0", "prefill", "all", "1", "2", "7", "████░░", "30/40", "0", "12", "0"] in rows
+    assert ["decode-0", "decode", "all", "144", "432", "144", "███░░░", "2880/5760", "1152", "288", "4"] in rows
+    console.print(shown(report, "here"))
+    assert len(console.export_text().splitlines()) > 144
 
 
 def test_where_nobody_looks_at_a_terminal_it_is_shown_once(server: Server) -> None:

@@ -135,6 +135,7 @@ def test_a_damaged_entry_is_none_and_removed(tmp_path: Path, damage: Callable[[P
         read(f, 1)
     assert key(1) not in f
     assert not f.file(key(1)).exists()
+    assert opened(tmp_path).used == 0
     assert read(f, 1) is None
     assert write(f, 1)
 
@@ -199,6 +200,27 @@ def test_what_was_counted_wrong_is_right_after_room_was_made(tmp_path: Path) -> 
     (f.path / "ledger").write_bytes((1 << 40).to_bytes(8, "little"))
     assert write(f, 2)
     assert opened(tmp_path, 10).used == 2 * FORM.size
+
+
+def test_what_a_killed_writer_has_left_goes_after_a_while_though_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f = opened(tmp_path)
+    write(f, 1)
+    with f._ledger() as ledger:
+        folder._note(ledger, 2 * FORM.size)  # it had booked room
+    draft = f.file(key(2)).parent / ".123-abcd-0"
+    draft.write_bytes(b"half")
+    settled = time.time() - 10
+    os.utime(draft.parent, (settled, settled))
+    f.refresh()
+    assert draft.exists(), "somebody may be writing it"
+    assert f.used == 2 * FORM.size
+    monkeypatch.setattr(folder, "LEFT_BEHIND", -1.0)
+    f.refresh()
+    assert not draft.exists()
+    assert f.used == FORM.size
+    assert np.array_equal(read(f, 1), content(1))  # type: ignore[arg-type]
 
 
 def test_rows_that_changed_while_they_were_written_are_not_kept(tmp_path: Path) -> None:

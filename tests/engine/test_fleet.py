@@ -5,17 +5,21 @@ import os
 import random
 import re
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from brigade.comm.kv.nixl import installed
 from brigade.core.handover import Deadlines
+from brigade.core.roles import Side
 from brigade.engine import fleet_start, handing
 from brigade.engine.fleet import Fleet
 from brigade.engine.fleet_config import FleetConfig, UnitConfig
+from brigade.engine.flight import Flight, RequestPart
 from brigade.engine.keeper import Keeper
 from brigade.engine.messages import Loading
 from brigade.engine.output import LoadError, Unavailable, Unobserved
@@ -109,6 +113,59 @@ async def test_a_request_that_no_unit_takes_is_told_so_at_its_deadline(
     with pytest.raises(Unavailable, match=r"no unit could take the request within 0.3 s: no decode unit: none takes"):
         await asyncio.wait_for(pair.submit(ALL[2], LONG), 3)
     pair.crew.undrain("decode-0")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_requests_that_wait_for_a_unit_are_looked_at_when_there_is_one(
+    pair: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_looks, choose = 0, pair.crew.choose
+
+    def counted(*args: Any) -> RequestPart | None:
+        nonlocal n_looks
+        n_looks += 1
+        return choose(*args)
+
+    monkeypatch.setattr(pair.crew, "choose", counted)
+    pair.crew.drain("decode-0", force=True)
+    try:
+        waiting = [asyncio.create_task(ask_all(pair, [p], GREEDY)) for p in ALL]
+        await asyncio.sleep(0.3)
+        assert n_looks == len(ALL)
+        waiting[0].cancel()
+        assert await until(lambda: len(pair._parked) == len(ALL) - 1, 5), "who has left is not remembered"
+    finally:
+        pair.crew.undrain("decode-0")
+    assert await asyncio.gather(*waiting[1:]) == [[says(p, GREEDY)] for p in ALL[1:]]
+    assert not pair._parked
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_others_are_heard_while_many_requests_are_given_to_a_unit_that_is_there_again(
+    pair: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, choose = list[int](), pair.crew.choose
+
+    def slow(flight: Flight, side: Side, *args: Any) -> RequestPart | None:
+        """Each takes a turn of its own."""
+        if side == "decode":
+            order.append(flight.priority)
+            time.sleep(0.002)
+        return choose(flight, side, *args)
+
+    monkeypatch.setattr("brigade.engine.fleet.TURN", 0.001)
+    pair.crew.drain("decode-0", force=True)
+    waiting = [asyncio.create_task(pair.submit(p, GREEDY, priority=-i)) for i, p in enumerate(ALL)]
+    assert await until(lambda: len(pair._parked) == len(ALL), 5)
+    monkeypatch.setattr(pair.crew, "choose", slow)
+    pair.crew.undrain("decode-0")
+    left = set[int]()
+    while pair._parked:
+        left.add(len(pair._parked))
+        await asyncio.sleep(0)
+    assert len(left) == len(ALL), "this task ran between any two of them"
+    assert order == sorted(order), "the most urgent ones came first"
+    assert [await said(generation) for generation in await asyncio.gather(*waiting)] == [says(p, GREEDY) for p in ALL]
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -1,5 +1,10 @@
 """Requests go to the rank that has the least to do, or that has their beginning cached."""
 
+import random
+
+import pytest
+
+from brigade.core.routing import pairs
 from brigade.engine.config import DEMO_MODEL
 from brigade.engine.router import Room, Router, weights_of
 from brigade.spec.config import read_spec
@@ -82,3 +87,27 @@ def test_each_rank_has_room_of_its_own() -> None:
     assert r.place(0, prompt(40), 8, "") == 0, "the other one has not enough pages"
     assert r.place(1, prompt(20, 100), 8, "") == 1, "the first has no place"
     assert r.place(2, prompt(20, 200), 8, "") == 1, "both are full: the one with less to do"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_counted_of_a_rank_is_what_is_in_flight_there(seed: int) -> None:
+    rng, r = random.Random(seed), router()
+    for rid in range(300):
+        if rng.random() < 0.5:
+            r.place(rid, prompt(rng.randrange(1, 90), 100 * rid), 8, "", {0: "decode", 1: "prefill", 2: "mixed"})
+        else:
+            r.put(rid, rng.randrange(3), rng.randrange(1, 90))
+        for _ in range(rng.randrange(4)):
+            r.got_token(rng.randrange(rid + 1))
+        if rng.random() < 0.9:
+            r.ended(rng.randrange(rid + 1))
+        for rank in range(3):
+            mine = {i: x for i, x in r._in_flight.items() if x.rank == rank}
+            queued = [x.n_prompt for x in mine.values() if x.computes and not x.n_new]
+            load = r._load(rank, "mixed", limited=True)
+            assert r.lost(rank) == list(mine)
+            assert (load.n_requests, load.kv_tokens) == (len(mine), sum(x.n_prompt + x.n_new for x in mine.values()))
+            assert (load.queued_tokens, load.queued_pairs) == (sum(queued), sum(pairs(n, 0) for n in queued))
+    for rid in range(300):
+        r.ended(rid)
+    assert r._load(0, "mixed", limited=True) == router()._load(0, "mixed", limited=True)

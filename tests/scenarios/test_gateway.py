@@ -19,14 +19,16 @@ N = LONG.max_tokens
 DEADLINE = 30.0
 """Seconds by which every client has an answer or an error."""
 SMALL = "limits: {max_running: 4, max_waiting: 4, kv_memory: 1MiB}"
-"""Room for 12 requests, but not for the pages of all of them."""
+ROOM = 16
+"""Requests that both decode units take; not for the pages of all of them."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
     folder, port, files = tmp_path_factory.mktemp("fleet"), free_port(), shared_memory()
     file = folder / "fleet.yaml"
-    file.write_text(f"listen: 127.0.0.1:{port}\n{SMALL}\nunits: [{{role: prefill}}, {{role: decode, count: 2}}]\n")
+    units = "units: [{role: prefill, limits: {max_waiting: 0}}, {role: decode, count: 2}]"
+    file.write_text(f"listen: 127.0.0.1:{port}\n{SMALL}\n{units}\n")
     gateway = Gateway(file, port, folder / "log")
     await gateway.start()
     family = gateway.family()
@@ -101,6 +103,18 @@ async def test_more_than_fit_wait_or_are_told_to_come_back(gateway: Gateway) -> 
     assert {a.failure for a in answers} == {"", "HTTP 429"}
     assert sum(not a.failure for a in answers) >= 12
     assert all(a.failure or a.text == text(p) for a, p in zip(answers, asked, strict=True))
+    await nothing_is_held(gateway)
+
+
+async def test_as_many_choices_as_the_decode_units_take_are_answered_and_no_more(gateway: Gateway) -> None:
+    """Not as many as one unit takes, or as a prefill unit's limits say."""
+    body = {"model": "brigade-demo", "prompt": "Once", "max_tokens": 2, "n": ROOM}
+    async with gateway.client() as client:
+        whole = (await client.post("/v1/completions", json=body)).json()
+        assert len(whole["choices"]) == ROOM
+        refused = await client.post("/v1/completions", json=body | {"n": ROOM + 1})
+    assert refused.status_code == 400
+    assert f"({ROOM})" in refused.json()["error"]["message"]
     await nothing_is_held(gateway)
 
 

@@ -146,7 +146,7 @@ class FakeEngine:
         self.crew: Any = None
 
         self.tokenizer = TOKENIZER
-        self.config = SimpleNamespace(model=model, max_running=64, max_waiting=256)
+        self.config, self.most = SimpleNamespace(model=model), 320
         self.unit = FakeUnit(self)
         self.crew = SimpleNamespace(members=[self.unit])
         self.failed = False

@@ -85,16 +85,27 @@ class Folder:
         self.refresh()
 
     def refresh(self) -> None:
-        """Learn what other processes have written and removed. Raises OSError."""
-        now = time.time_ns()
+        """Learn what other processes have written and removed, and remove what killed ones have left. Raises
+        OSError."""
+        now, left = time.time_ns(), False
         for n in range(_N):
             folder = self.path / f"{n:02x}"
             changed = folder.stat().st_mtime_ns
             if self._seen.get(n) == changed:
                 continue
-            self._known[n] = set(_keys(n, os.listdir(folder)))
-            self._seen[n] = changed if now - changed > 1_000_000_000 else -1  # a later change may have the same time
+            names = os.listdir(folder)
+            self._known[n] = set(_keys(n, names))
+            drafts = [folder / name for name in names if name.startswith(".")]
+            left |= sum(map(_remove_if_left, drafts)) > 0
+            # A later change may have the same time, and a draft may be left behind without another one.
+            self._seen[n] = changed if now - changed > 1_000_000_000 and not drafts else -1
+        if left:  # whoever was killed had booked room for it
+            self._count()
         self.used = int.from_bytes((self.path / "ledger").read_bytes()[:8], "little")
+
+    def _count(self) -> None:
+        with self._ledger() as ledger:
+            _note(ledger, sum(size for _, size, _ in self._entries()))
 
     def file(self, key: bytes) -> Path:
         return self.path / key[:1].hex() / key[1:].hex()
@@ -120,6 +131,8 @@ class Folder:
             self._known[key[0]].discard(key)
             with contextlib.suppress(FileNotFoundError):
                 self.file(key).unlink()
+                with contextlib.suppress(OSError):  # then it is counted until room is made
+                    self._room(-self.form.size)
             raise
         with contextlib.suppress(OSError):  # a disk that became read-only can be read
             self._touch(key, fd)
@@ -196,15 +209,13 @@ class Folder:
 
     def _entries(self) -> Iterator[tuple[int, int, Path]]:
         """(mtime, bytes, file) of each entry. Removes what killed processes have left. Only with the ledger's lock."""
-        now = time.time()
         for n in range(_N):
             with os.scandir(self.path / f"{n:02x}") as found:
                 for item in found:
                     with contextlib.suppress(FileNotFoundError):
                         about = item.stat(follow_symlinks=False)
                         if item.name.startswith("."):
-                            if now - about.st_mtime > LEFT_BEHIND:
-                                os.unlink(item.path)
+                            _remove_if_left(Path(item.path))
                         elif stat.S_ISREG(about.st_mode):
                             yield about.st_mtime_ns, about.st_size, Path(item.path)
 
@@ -225,6 +236,15 @@ class Folder:
             yield fd
         finally:
             os.close(fd)
+
+
+def _remove_if_left(draft: Path) -> bool:
+    """Remove a half-written entry that nobody writes any more; whether it was one. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):  # it has become an entry
+        if time.time() - draft.lstat().st_mtime > LEFT_BEHIND:
+            draft.unlink()
+            return True
+    return False
 
 
 def _noted(ledger: int) -> int:
