@@ -245,11 +245,13 @@ def disaggregated(
 
 
 class Curve:
-    """Decode steps of a replica between samples: exact at the samples, linear between (steps are nearly so)."""
+    """Decode steps of a replica between samples up to `high` (more than 0): exact at the samples, linear between, which
+    steps nearly are. Where they are not, an operating point is found by adding samples at it."""
 
     def __init__(self, steps: StepOf, high: float) -> None:
         self.at = [high * x for x in (1 / 512, 1 / 128, 1 / 32, 1 / 12, 1 / 5, 0.45, 1.0)]
         self.steps = [steps(b) for b in self.at]
+        self.exact = steps
 
     def __call__(self, batch: float) -> Step:
         i = min(bisect_right(self.at, batch), len(self.at) - 1)
@@ -260,6 +262,16 @@ class Curve:
         share = (batch - self.at[j]) / (self.at[i] - self.at[j])
         low = self.steps[j].seconds
         return step._replace(seconds=low + max(0.0, share) * (step.seconds - low))
+
+    def is_exact_at(self, batch: float, within: float = 1e-3) -> bool:
+        """Whether the curve was right at a batch, as a share of the step; it is from now on."""
+        step = self.exact(batch)
+        before = self(batch).seconds
+        i = bisect_right(self.at, batch)
+        if batch not in self.at:
+            self.at.insert(i, batch)
+            self.steps.insert(i, step)
+        return abs(before / step.seconds - 1) <= within
 
 
 def largest(ok: Callable[[float], bool], high: float) -> float:

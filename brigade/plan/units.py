@@ -22,7 +22,6 @@ from brigade.plan.serving import (
     Curve,
     Pool,
     Served,
-    StepOf,
     Workload,
     accept_of,
     gated,
@@ -44,6 +43,8 @@ BATCHED = 4096
 """Tokens that short prompts are gathered to in one prefill step under load."""
 FEWER = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
 """Shares of the largest batch at which a decode unit is known, for layouts whose prefill units bind."""
+REFINED = 4
+"""Times an operating point is looked for again with its own step added to the curve of steps."""
 TAIL = 1 + P90 * LENGTHS
 """p90 over mean of the time per token where prefills do not interfere."""
 
@@ -175,7 +176,7 @@ def floor_tpot(f: Facts, fleet: Servers, w: Workload, can_draft: bool) -> float:
     return best
 
 
-def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: StepOf) -> Unit | None:
+def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: Curve) -> Unit | None:
     """The largest batch within the promise, or None where not even one request is."""
     room = min(pool.capacity(w.context), MOST_BATCH)
     per = tokens_per_step(pool.setup.draft, accept_of(pool.setup, c.rates))
@@ -184,7 +185,14 @@ def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo,
     def tpot(batch: float) -> float:
         return steps(batch).seconds * factor
 
-    batch = largest(lambda b: tpot(b) * TAIL <= slo.tpot, room)
+    def most() -> float:
+        return largest(lambda b: tpot(b) * TAIL <= slo.tpot, room)
+
+    batch = most()
+    for _ in range(REFINED):
+        if steps.is_exact_at(batch):
+            break
+        batch = most()
     if batch * pool.grid.dp < 1:
         return None
     t, dp = tpot(batch), pool.grid.dp
@@ -219,7 +227,7 @@ def prefill_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo
     return Unit("prefill", nodes, pool, 0.0, rate, 0.0, ttft, "ttft")
 
 
-def mixed_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: StepOf) -> Unit | None:
+def mixed_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: Curve) -> Unit | None:
     """The most users of a unit that does both within the promise."""
     dp = pool.grid.dp
     room = min(pool.capacity(w.context), MOST_BATCH)
@@ -237,9 +245,14 @@ def mixed_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, 
         return s.tpot_quantile(P90) <= slo.tpot and s.ttft_quantile(0.9) <= slo.ttft and s.load <= DESIGN_LOAD
 
     users = largest(ok, room * dp)
+    s = at(users)
+    for _ in range(REFINED):
+        if steps.is_exact_at(s.running):
+            break
+        users = largest(ok, room * dp)
+        s = at(users)
     if users < 1:
         return None
-    s = at(users)
     limit = _limit_of(s, users, room * dp, slo)
     return Unit("mixed", nodes, pool, users, s.rate, s.tpot, s.ttft, limit)
 
@@ -277,6 +290,9 @@ def units_of(
             continue
         for setup in setups(f, can_draft, loads):
             pool = Pool(f, grid, fleet.device, setup, engine)
+            if pool.capacity(w.context) < 1:  # a layer that drafts takes memory too
+                n_memory += 1
+                continue
             n_pools += 1
             steps = Curve(step_of(pool, c, w.context), min(pool.capacity(w.context), MOST_BATCH))
             if nodes == 1 or "wide mixed" in families:

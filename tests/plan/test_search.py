@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from brigade.plan.deployment import deployment_yaml
 from brigade.plan.memory import memory
 from brigade.plan.models import find_model
 from brigade.plan.quantity import servers
-from brigade.plan.question import Question
+from brigade.plan.question import Impossible, Question
 from brigade.plan.rates import shipped
 from brigade.plan.search import search
 from brigade.plan.serving import Workload
@@ -61,6 +62,38 @@ def test_few_users_on_h200_are_told_not_to_build_a_cluster() -> None:
 def test_more_users_never_need_fewer_nodes() -> None:
     nodes = [o.layout.nodes for u in (100, 400, 1600, 3000) if (o := answer(ask("22 x 8 x H800", u), C).recommended)]
     assert nodes == sorted(nodes)
+
+
+@pytest.mark.parametrize(
+    ("fleet", "model", "precision"),
+    [
+        ("2 x 72 x L40S", "qwen3-235b-a22b", "int8"),
+        ("4 x 8 x H20", "kimi-k2", "fp4"),
+        ("3 x 8 x H200", "deepseek-v3", "fp8"),
+    ],
+)
+def test_the_most_users_are_those_at_whom_the_steps_themselves_keep_the_promise(
+    fleet: str, model: str, precision: str
+) -> None:
+    """The search looks steps up between samples; what it finds must be true of the steps."""
+    for o in answer(ask(fleet, 100_000, model, precision), C).options:
+        assert o.tpot[1] <= 0.05 * 1.005, o.name
+        assert o.ttft[1] <= 2.0 * 1.005, o.name
+        if o.limit != "prefill":
+            assert o.tokens_per_gpu == pytest.approx(o.layout.rate * 1000 / o.n_gpus, rel=0.005), o.name
+
+
+def test_more_memory_never_holds_fewer_users() -> None:
+    f, w, slo = find_model("kimi-k2").facts(FP8), Workload(100, 733, 946, 0.3), Slo(0.0391, 4.485)
+    h20 = servers("11 x 8 x H20")[0]
+    larger = replace(h20, device=replace(h20.device, hbm=1.2 * h20.device.hbm))
+    few, more = (max(x.users for x in search(f, s, "", C, w, slo, False).layouts) for s in (h20, larger))
+    assert more >= few
+
+
+def test_a_layer_that_drafts_may_leave_no_room_for_a_request() -> None:
+    with pytest.raises(Impossible):
+        answer(ask("3 x 1 x EPYC-9654", 50, precision="bf16"), C)
 
 
 def test_too_many_users_get_the_nearest_and_the_servers_it_would_take() -> None:
