@@ -6,7 +6,7 @@ keep the time to first token at the planned load.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, log
@@ -276,8 +276,9 @@ def units_of(
     can_draft: bool,
     loads: Setup,
     families: tuple[str, ...],
+    wanted: Callable[[Grid], bool] = lambda _: True,
 ) -> Units:
-    """All units of these servers that keep the promise."""
+    """All units of these servers that keep the promise, of the grids that are wanted."""
     c = steady(c)
     decode: list[Unit] = []
     prefill: list[Unit] = []
@@ -285,6 +286,8 @@ def units_of(
     n_memory = n_bound = n_pools = 0
     best: dict[str, float] = {}
     for nodes, grid in grids(f, fleet):
+        if not wanted(grid):
+            continue
         if memory(f, grid, fleet.device).tokens < w.context:
             n_memory += 1
             continue

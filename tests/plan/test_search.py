@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
+import brigade
 from brigade.cli import app
+from brigade.engine.config import EngineConfig
 from brigade.plan.ask import answer
-from brigade.plan.deployment import deployment_yaml
+from brigade.plan.deployment import deployment_yaml, runnable
 from brigade.plan.memory import memory
 from brigade.plan.models import find_model
 from brigade.plan.quantity import servers
@@ -19,6 +22,7 @@ from brigade.plan.rates import shipped
 from brigade.plan.search import search
 from brigade.plan.serving import Workload
 from brigade.plan.units import Slo
+from brigade.spec.deploy import deployment_from
 from brigade.spec.work import FP8, PRECISIONS
 
 C = shipped()
@@ -213,14 +217,65 @@ def test_a_device_of_ones_own(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
-def test_the_deployment_file_is_what_brigade_up_reads() -> None:
-    deploy = pytest.importorskip("brigade.spec.deploy")
-    import yaml
+@pytest.mark.parametrize(("fleet", "users"), [("22 x 8 x H800", 2000), ("4 x 8 x H200", 4), ("8 x 8 x B200", 3000)])
+def test_the_deployment_file_holds_what_the_plan_counted_on(fleet: str, users: int) -> None:
+    q = ask(fleet, users)
+    o = runnable(q, C)
+    assert o is not None
+    read = deployment_from(yaml.safe_load(deployment_yaml(o, q)))
+    drafts = max(u.pool.setup.draft for u, _ in o.layout.units)
+    assert read.drafts == drafts
+    assert [(x.role, x.count) for x in read.units] == [(u.role, k) for u, k in o.layout.units]
+    for written, (u, _) in zip(read.units, o.layout.units, strict=True):
+        assert written.ranks_per_host * len(written.hosts) == u.grid.n_gpus * written.count
+        most = written.limits
+        assert most.max_running is not None
+        assert most.kv_memory is not None
+        config = EngineConfig(  # refuses numbers that do not fit each other
+            max_running=most.max_running, max_context=most.max_context, max_step_tokens=most.max_step_tokens,
+            kv_bytes=most.kv_memory, drafts=read.drafts,
+        )  # fmt: skip
+        held = memory(u.pool.f, u.grid, u.pool.device, drafts=drafts)
+        assert config.kv_bytes <= held.free
+        if u.role == "decode":
+            assert most.max_running * u.grid.dp >= u.users
+            assert config.kv_bytes / held.kv_token >= 0.98 * u.users / u.grid.dp * 4500
 
-    q = ask("22 x 8 x H800", 2000)
-    text = deployment_yaml(answer(q, C).options[0], q)
-    read = deploy.deployment_from(yaml.safe_load(text))
-    assert [u.role for u in read.units] == ["prefill", "decode"]
+
+def test_the_file_of_one_box_names_this_machine_and_needs_no_key() -> None:
+    q = ask("1 x 8 x H200", 40)
+    o = runnable(q, C)
+    assert o is not None
+    read = deployment_from(yaml.safe_load(deployment_yaml(o, q)))
+    assert read.hosts == ("127.0.0.1",)
+    assert read.secret_file is None
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--model", "glm-4.5", "--servers", "4 x 8 x H200"), "glm-4.5's architecture"),
+        (("--kv", "fp8", "--servers", "4 x 8 x H200"), "a cache in fp8"),
+        (("--servers", "1 x 72 x GB200"), "more than 64 ranks on a host"),
+    ],
+)
+def test_no_file_is_written_that_brigade_up_would_refuse(args: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    result = run(*args, "--users", "20", "--out", str(path))
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+    assert not path.exists()
+
+
+def test_the_file_names_the_folder_of_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In full: names in the file are relative to the file, not to where the planner ran."""
+    demo = Path(brigade.__file__).parent / "demo"
+    monkeypatch.chdir(demo.parent)
+    path = tmp_path / "deploy.yaml"
+    short = ("--users", "4", "--input", "100", "--output", "64")
+    result = run("--model", "demo", "--servers", "1 x 1 x EPYC-9654", *short, "--out", str(path))
+    assert result.exit_code == 0, result.output
+    assert deployment_from(yaml.safe_load(path.read_text())).model == str(demo)
 
 
 @pytest.mark.parametrize(("lang", "heading"), [("en", "Options"), ("zh", "方案")])
