@@ -37,14 +37,17 @@ def show(a: "Answer", c: "Calibration", explain: bool) -> None:
 
 
 def options_table(options: "Iterable[Option]") -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="rates in output tokens/s; ranges are 80 % intervals")
+    table = Table(
+        title="output tokens/s; ranges are 80 % intervals, of rates at full use", box=SIMPLE_HEAD, pad_edge=False
+    )
     for name in ("", "users", "nodes", "tok/s/card", "TTFT s", "TPOT ms", "$/M out", "kW"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # a number that is cut off is another number
     for i, o in enumerate(options, 1):
         low, high = o.most_users_range
-        rate = f"{o.tokens_per_gpu:,.0f}", f"{o.tokens_range[0]:,.0f}-{o.tokens_range[1]:,.0f} full"
+        rate = f"{o.tokens_per_gpu:,.0f}", f"{o.tokens_range[0]:,.0f}-{o.tokens_range[1]:,.0f}"
         table.add_row(
             f"{i}",
             f"{'' if o.fits else 'only '}{o.most_users:,.0f}\n{low:,.0f}-{high:,.0f}",

@@ -111,7 +111,7 @@ def deployment_yaml(o: Option, q: Question) -> str:
 
 
 def limits(u: Unit, q: Question, drafts: int) -> dict[str, int | str]:
-    """What one rank of a unit takes on. Left out, it would keep a quarter of its memory for the cache, and short steps."""
+    """What one rank of a unit takes on. Left out, its cache would be a quarter of what is free, and its steps short."""
     most = BOUNDS["max_running"][1]
     running = RUNNING if u.role == "prefill" else max(1, min(most, ceil(u.users / u.grid.dp)))
     context = q.n_in + q.n_out

@@ -3,14 +3,17 @@
 import json
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 import brigade
 from brigade.cli import app
+from brigade.cli.plan_shown import options_table
 from brigade.engine.config import EngineConfig
 from brigade.plan.ask import answer
 from brigade.plan.deployment import deployment_yaml, runnable
@@ -178,6 +181,19 @@ def test_the_command_shows_the_answer_its_reasons_and_all_assumptions() -> None:
         "phi",
     ):
         assert text in result.output
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_no_number_of_the_table_is_cut_off_in_a_narrow_terminal(columns: int) -> None:
+    a = answer(ask("22 x 8 x H800", 2000), C)
+    with StringIO() as out:
+        Console(file=out, width=columns).print(options_table(a.options))
+        text = out.getvalue()
+    assert "…" not in text
+    o = a.options[0]
+    if columns == 80:
+        assert f"{o.most_users_range[0]:,.0f}-{o.most_users_range[1]:,.0f}" in text
+        assert f"{o.tokens_range[0]:,.0f}-{o.tokens_range[1]:,.0f}" in text
 
 
 def test_json_holds_what_the_table_shows() -> None:
