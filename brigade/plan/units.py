@@ -176,6 +176,13 @@ def floor_tpot(f: Facts, fleet: Servers, w: Workload, can_draft: bool) -> float:
     return best
 
 
+def floor_ttft(f: Facts, fleet: Servers, w: Workload) -> float:
+    """Seconds to the first token that no layout of these servers can beat: one prompt at peak rates."""
+    peak = Calibration(peak_rates())
+    pools = (Pool(f, grid, fleet.device, Setup(perfect=True)) for _, grid in grids(f, fleet))
+    return min((prefill_time(pool, peak, w)[0] for pool in pools), default=float("inf"))
+
+
 def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: Curve) -> Unit | None:
     """The largest batch within the promise, or None where not even one request is."""
     room = min(pool.capacity(w.context), MOST_BATCH)
@@ -202,17 +209,26 @@ def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo,
     return Unit("decode", nodes, pool, users, users / (w.n_out * t), t, 0.0, limit, below)
 
 
-def prefill_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo) -> Unit | None:
-    """Prompts per second at the planned load, or None where one prompt alone takes too long."""
+def first_token(pool: Pool, c: Calibration, w: Workload) -> tuple[float, float]:
+    """Seconds to the first token on a prefill unit at the planned load: mean and p90."""
     alone, _ = prefill_time(pool, c, w)
     transfer = c.rates.transfer * w.n_in * pool.f.kv_bytes / (pool.device.nic * c.rates.out) / pool.grid.tp
     late = c.ttft_factor(pool.engine, pool.device.name, apart=True) * gathering(pool, c)
     base = (c.rates.ttft_ms * 1e-3 + c.rates.alone_apart * alone + transfer) * late
     wait = c.rates.waiting * occupied(pool, alone, w) / pool.grid.dp * DESIGN_LOAD / (2 * (1 - DESIGN_LOAD))
-    ttft = base + wait
     # the longest of ten: the end of the gate, and the queue's tail
-    p90 = base + 0.8 * gated(base, pool, c) + wait / DESIGN_LOAD * log(DESIGN_LOAD / 0.1)
-    if p90 > slo.ttft or memory(pool.f, pool.grid, pool.device).tokens < min(CHUNK, w.n_in):
+    return base + wait, base + 0.8 * gated(base, pool, c) + wait / DESIGN_LOAD * log(DESIGN_LOAD / 0.1)
+
+
+def computes(pool: Pool, w: Workload) -> bool:
+    """Whether a prefill unit has room for a prompt, or for a chunk of it."""
+    return memory(pool.f, pool.grid, pool.device).tokens >= min(CHUNK, w.n_in)
+
+
+def prefill_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo) -> Unit | None:
+    """Prompts per second at the planned load, or None where one prompt alone takes too long."""
+    ttft, p90 = first_token(pool, c, w)
+    if p90 > slo.ttft or not computes(pool, w):
         return None
     together = max(1, round(BATCHED / w.computed))
     tokens = w.computed * together
@@ -222,7 +238,7 @@ def prefill_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo
         )
         busy = step.seconds * pool.factor(c, "prefill") / together / pool.grid.pp
     else:
-        busy = occupied(pool, alone, w)
+        busy = occupied(pool, prefill_time(pool, c, w)[0], w)
     rate = DESIGN_LOAD * pool.grid.dp / busy
     return Unit("prefill", nodes, pool, 0.0, rate, 0.0, ttft, "ttft")
 

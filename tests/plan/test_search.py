@@ -19,7 +19,7 @@ from brigade.plan.ask import answer
 from brigade.plan.deployment import deployment_yaml, runnable
 from brigade.plan.memory import memory
 from brigade.plan.models import find_model
-from brigade.plan.quantity import servers
+from brigade.plan.quantity import seconds, servers
 from brigade.plan.question import Impossible, Question
 from brigade.plan.rates import shipped
 from brigade.plan.search import search
@@ -166,6 +166,34 @@ def test_bad_questions_get_one_line_and_exit_code_2(args: tuple[str, ...], says:
     assert result.exit_code == 2, result.output
     assert says in " ".join(result.output.split())
     assert len(result.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--ttft", "1us"), "below the physical floor of these servers: the products of a prompt alone take"),
+        (("--tpot", "10us"), "below the physical floor of these servers: reading weights alone takes"),
+        (("--tpot", "4ms", "--ttft", "100ms"), "no layout keeps the promise for even one user"),
+        (("--ttft", "200ms"), "no layout keeps the promise for even one user"),
+        (("--input", "150k"), "--ttft 2s is below the physical floor"),
+    ],
+)
+def test_the_nearest_promise_that_is_named_is_kept_and_nothing_much_nearer_is(args: tuple[str, ...], says: str) -> None:
+    line = " ".join(run(*GOOD, *args).output.split())
+    assert says in line
+    nearest = line.split("some layout keeps is ")[1].split()
+    names, values = nearest[::2], [seconds("", x) for x in nearest[1::2]]
+    for share, code in (1.0, 0), (0.9, 2):
+        promises = [x for name, v in zip(names, values, strict=True) for x in (name, f"{v * share * 1e3:.6f}ms")]
+        assert run(*GOOD, *args, *promises).exit_code == code
+
+
+def test_a_request_that_is_too_long_is_told_how_long_it_may_be() -> None:
+    small = ("--model", "r1-distill-qwen-7b", "--servers", "1 x 1 x RTX-4090", "--users", "1")
+    line = " ".join(run(*small, "--input", "100k").output.split())
+    assert "of cache at most" in line
+    shorter = line.split("the nearest is --input ")[1].split(",")[0]
+    assert "of cache at most" not in run(*small, "--input", shorter, "--ttft", "60s").output
 
 
 def test_the_command_shows_the_answer_its_reasons_and_all_assumptions() -> None:
