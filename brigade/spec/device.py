@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 
 TERA, GIGA = 1e12, 1e9
+MOST_NAME_CHARS = 60
 
 SOURCES = {
     "a": "aiconfigurator-core 0.12.0, systems/*.yaml (PyPI wheel, Apache-2.0)",
@@ -163,10 +164,11 @@ def find_device(name: str, extra: Iterable[Device] = ()) -> Device:
     found = by_key.get(_key(name))
     if found is not None:
         return found
-    near = get_close_matches(_key(name), by_key, 1, 0.0)
+    near = get_close_matches(_key(name)[:MOST_NAME_CHARS], by_key, 1, 0.0)
     known = ", ".join(sorted({d.name for d in by_key.values()}))
+    shown = name if len(name) <= MOST_NAME_CHARS else f"{name[:MOST_NAME_CHARS]}..."
     raise BadDevice(
-        f"device '{name}' is not known; the nearest is {by_key[near[0]].name} "
+        f"device '{shown}' is not known; the nearest is {by_key[near[0]].name} "
         f"(known: {known}; describe another with --device my.yaml)"
     )
 
