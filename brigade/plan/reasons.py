@@ -1,7 +1,7 @@
 """What is said about an answer: names, reasons, the turning point, notes and assumptions. Decides nothing."""
 
 from collections.abc import Mapping
-from math import ceil, exp
+from math import ceil, exp, inf
 
 from brigade.plan.memory import memory
 from brigade.plan.night import night_of
@@ -134,11 +134,29 @@ def crossover(found: Found) -> Say:
         return say("a single box cannot hold the model and its requests, so every size needs a unit over nodes")
     if not any("cluster" in row for _, row in curve):
         return say("no cluster of these servers keeps the promise")
-    wins = [users for users, row in curve if row.get("cluster", 1e9) < row.get("boxes", 1e9)]
-    if not wins:
+    both = [(users, row) for users, row in curve if "boxes" in row or "cluster" in row]
+    wins = [row.get("cluster", inf) < row.get("boxes", inf) for _, row in both]
+    if not any(wins):
         return say("boxes need no more nodes than a cluster at any number of users that these servers reach")
-    below = max((users for users, _ in curve if users < min(wins)), default=0)
-    return say("below {below:,} concurrent users boxes need no more nodes; above, the cluster needs fewer", below=below)
+    first, last = wins.index(True), len(wins) - 1
+    while last >= 0 and wins[last]:
+        last -= 1
+    below = both[first - 1][0] if first else 0
+    if last < first:
+        return say(
+            "below {below:,} concurrent users boxes need no more nodes; above, the cluster needs fewer", below=below
+        )
+    if last == len(wins) - 1:
+        return say(
+            "below {below:,} concurrent users boxes need no more nodes; above, sometimes the cluster needs fewer: "
+            "units are whole",
+            below=below,
+        )
+    return say(
+        "below {below:,} concurrent users boxes need no more nodes; above {above:,}, the cluster needs fewer; between, "
+        "sometimes one, sometimes the other: units are whole",
+        below=below, above=both[last][0],
+    )  # fmt: skip
 
 
 def notes(q: Question, best: Option, c: Calibration, beside: float) -> tuple[Say, ...]:

@@ -1,6 +1,7 @@
 """Layouts beyond one kind of box: pipelines, two kinds of servers, units that sleep at night, what Brigade runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from brigade.plan.night import night_of
 from brigade.plan.quantity import servers
 from brigade.plan.question import Answer, Question
 from brigade.plan.rates import Rates, shipped
+from brigade.plan.reasons import crossover, crossover_curve
+from brigade.plan.search import search
 from brigade.plan.serving import Pool, Workload, occupied, prefill_time
 from brigade.plan.step import Setup, decode_step
 from brigade.plan.units import Slo
@@ -61,6 +64,25 @@ def test_a_pipeline_passes_through_all_layers_and_its_groups_take_turns() -> Non
     piped = decode_step(F, pipe, H800, Rates(), 32, 4096)
     assert alone.seconds < piped.seconds < 1.1 * alone.seconds
     assert {t.name for t in piped.terms} - {t.name for t in alone.terms} == {"stages"}
+
+
+@pytest.mark.parametrize(
+    ("model", "fleet"),
+    [("deepseek-v3", "8 x 8 x H200"), ("gpt-oss-120b", "8 x 8 x H200"), ("gpt-oss-120b", "8 x 8 x B200")],
+)
+def test_what_is_said_of_the_turning_point_holds_at_every_number_of_users(model: str, fleet: str) -> None:
+    m = find_model(model)
+    w = Workload(100, 4000, 1000)
+    found = search(m.facts(PRECISIONS[m.stored]), servers(fleet)[0], "", C, w, Slo(0.05, 2.0), m.spec.n_mtp > 0)
+    said = str(crossover(found))
+    numbers = [int(x.replace(",", "")) for x in re.findall(r"(?:below|above) ([\d,]*\d)", said)]
+    below, above = numbers if len(numbers) == 2 else numbers * 2 if numbers else (10**9, 10**9)
+    for users, row in crossover_curve(found):
+        boxes, cluster = row.get("boxes", 10**6), row.get("cluster", 10**6)
+        if users <= below:
+            assert boxes <= cluster, said
+        elif users > above and "sometimes the cluster" not in said and (boxes, cluster) != (10**6, 10**6):
+            assert cluster < boxes, said
 
 
 def test_pipeline_stages_work_on_chunks_at_once() -> None:
