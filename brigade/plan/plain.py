@@ -49,7 +49,9 @@ def option_data(o: Option) -> dict[str, Any]:
         "output_tok_s_card_full_80": o.tokens_range, "in_flight": o.served.in_flight,
         "ttft_s": dict(zip(("p50", "p90", "p99"), o.ttft, strict=True)),
         "tpot_s": dict(zip(("p50", "p90", "p99"), o.tpot, strict=True)),
-        "usd_per_million_output": o.cost, "kilowatts": o.kilowatts,
+        "ttft_factor_80": o.ttft_factor, "tpot_factor_80": o.tpot_factor,
+        "usd_per_million_output": o.cost,
+        "usd_per_million_output_80": None if o.cost is None else o.cost_range, "kilowatts": o.kilowatts,
         "units": [
             {"role": u.role, "count": k, "device": u.pool.device.name, "nodes": u.nodes, "grid": asdict(u.grid),
              "draft": u.pool.setup.draft, "users": u.users, "requests_s": u.rate, "tpot_s": u.tpot, "limit": u.limit}
