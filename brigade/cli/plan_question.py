@@ -57,6 +57,11 @@ def question(asked: Asked, c: "Calibration") -> "Question":
         raise read.BadQuantity(f"--kv {one_line(asked.kv)}: must be bf16 or fp8")
     own = read_device(asked.device)
     fleets = read.servers(asked.servers, own)
+    if own and not any(s.device in own for s in fleets):
+        name = own[0].name
+        raise read.BadQuantity(
+            f"--device {asked.device}: '{name}' is not among --servers; write it there, like '4 x 8 x {name}'"
+        )
     if asked.price is not None:
         price = read.dollars("--price", asked.price)
         fleets = tuple(replace(s, device=replace(s.device, price=price)) for s in fleets)

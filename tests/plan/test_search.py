@@ -259,6 +259,9 @@ def test_a_device_of_ones_own(tmp_path: Path) -> None:
     path.write_text("name: H100-NVL\nlike: H100\nhbm_gb: 94\n")
     result = run("--servers", "4 x 8 x H100-NVL", "--users", "20", "--device", str(path), "--json")
     assert result.exit_code == 0, result.output
+    result = run(*GOOD, "--device", str(path))
+    assert result.exit_code == 2
+    assert "'H100-NVL' is not among --servers" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(("fleet", "users"), [("22 x 8 x H800", 2000), ("4 x 8 x H200", 4), ("8 x 8 x B200", 3000)])
