@@ -254,6 +254,62 @@ def test_own_measurements_move_the_prediction_towards_them(tmp_path: Path) -> No
     assert slow["options"][0]["tpot_s"]["p50"] > plain["options"][0]["tpot_s"]["p50"]
 
 
+def bench_of(tmp_path: Path, **changes: object) -> Path:
+    """A file as brigade bench --json writes it, and a point that names it."""
+    bench = {
+        "settings": {"loop": "closed", "concurrency": 60, "input_len": 4000, "output_len": 1000, "prompts": None},
+        "results": {
+            "failed": 0, "input_tokens": 100, "cached_input_tokens": 0, "ttft": {"p50": 4.0}, "tpot": {"mean": 0.2},
+        },
+        "client_machine": {},
+    }  # fmt: skip
+    for key, value in changes.items():
+        part = bench["settings"] if key in bench["settings"] else bench["results"]
+        part[key] = value
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    point = {
+        "id": "mine", "model": "deepseek-v3", "engine": "mine", "hardware": {"gpu": "H200", "count": 8, "nodes": 1},
+        "parallelism": {"EP": 8, "DP": 8, "TP": 1}, "precision": "FP8", "bench": "bench.json",
+    }  # fmt: skip
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"points": [point]}))
+    return path
+
+
+def test_what_brigade_bench_measured_moves_the_prediction_towards_it(tmp_path: Path) -> None:
+    path = bench_of(tmp_path)
+    mine = json.loads(run(*GOOD, "--engine", "mine", "--tpot", "1s", "--calibrate", str(path), "--json").output)
+    plain = json.loads(run(*GOOD, "--tpot", "1s", "--json").output)
+    assert mine["options"][0]["tpot_s"]["p50"] > 1.3 * plain["options"][0]["tpot_s"]["p50"]
+    assert mine["options"][0]["tpot_factor_80"] <= plain["options"][0]["tpot_factor_80"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"loop": "open"}, "must be of --concurrency"),
+        ({"failed": 3}, "without failures"),
+        ({"cached_input_tokens": 50}, "found in the cache"),
+        ({"tpot": None}, "lacks"),
+        ({"ttft": {"p50": -1}}, "must be more than 0"),
+        ({"concurrency": "many"}, "nothing"),
+    ],
+)
+def test_a_bench_that_cannot_be_used_is_one_line(changes: dict[str, object], says: str, tmp_path: Path) -> None:
+    path = bench_of(tmp_path, **changes)
+    result = run(*GOOD, "--engine", "mine", "--calibrate", str(path))
+    assert result.exit_code == 2, result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert says in result.output or says == "nothing"
+
+
+def test_a_bench_alone_is_told_to_be_named_in_a_point(tmp_path: Path) -> None:
+    bench_of(tmp_path)
+    result = run(*GOOD, "--calibrate", str(tmp_path / "bench.json"))
+    assert result.exit_code == 2
+    assert "name it as 'bench' in a point" in " ".join(result.output.split())
+
+
 def test_a_device_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text("name: H100-NVL\nlike: H100\nhbm_gb: 94\n")
