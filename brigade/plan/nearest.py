@@ -50,7 +50,7 @@ def why_nothing(q: Question, f: Facts, c: Calibration, w: Workload) -> str:
     reason = "no layout keeps the promise for even one user"
     if (least := min(floor_tpot(f, s, w, q.can_draft) for s in q.fleets)) > q.slo.tpot:
         reason = _below(f"--tpot {_time(q.slo.tpot)}", f"reading weights alone takes {_time(_up(least))} a token")
-    elif (least := min(floor_ttft(f, s, w) for s in q.fleets)) > q.slo.ttft:
+    elif (least := min(floor_ttft(f, s, w, c) for s in q.fleets)) > q.slo.ttft:
         reason = _below(f"--ttft {_time(q.slo.ttft)}", f"the products of a prompt alone take {_time(_up(least))}")
     return f"{reason}; {nearest_promise(q, f, c, w)}"
 

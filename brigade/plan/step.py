@@ -1,6 +1,6 @@
 """Seconds of one step of one unit: the ops of spec/work.py over the device's peaks times the calibrated rates.
 
-computing   max(FLOPs / (peak x share x (BF16 peak / reference)^-falloff), bytes / (memory x share))
+computing   max(FLOPs / (peak x min(1, share x (BF16 peak / reference)^-falloff)), bytes / (memory x share))
 sending     wire bytes / (link x share) + calls x latency; what goes over both links at once takes the longer
             core attention, whose products and reads take about as long: the root of the sum of their squares
 imbalance   multiplies experts, dispatch and combine: the step waits for the busiest rank (balance.py)
@@ -206,7 +206,8 @@ def _serial(
             memory = on.hbm_rate * rates.host_memory
         else:
             memory = on.hbm_rate * (rates.memory if op.balanced else rates.stream)
-        products = op.flops / (on.rate(op.precision) * share * (on.bf16 / REFERENCE) ** -rates.falloff)
+        reached = min(1.0, share * (on.bf16 / REFERENCE) ** -rates.falloff)  # a small host would exceed its peak
+        products = op.flops / (on.rate(op.precision) * reached)
         if not op.balanced:
             products *= 1 + rates.tile / op.rows
         if op.name == "small kernels":

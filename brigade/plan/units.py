@@ -176,11 +176,12 @@ def floor_tpot(f: Facts, fleet: Servers, w: Workload, can_draft: bool) -> float:
     return best
 
 
-def floor_ttft(f: Facts, fleet: Servers, w: Workload) -> float:
-    """Seconds to the first token that no layout of these servers can beat: one prompt at peak rates."""
+def floor_ttft(f: Facts, fleet: Servers, w: Workload, c: Calibration) -> float:
+    """Seconds to the first token that no layout of these servers can beat: one prompt at peak rates, or the share of
+    its time that engines were found to take to the first token."""
     peak = Calibration(peak_rates())
     pools = (Pool(f, grid, fleet.device, Setup(perfect=True)) for _, grid in grids(f, fleet))
-    return min((prefill_time(pool, peak, w)[0] for pool in pools), default=float("inf"))
+    return min(1.0, c.rates.alone) * min((prefill_time(pool, peak, w)[0] for pool in pools), default=float("inf"))
 
 
 def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: Curve) -> Unit | None:
