@@ -71,6 +71,13 @@ def question(asked: Asked, c: "Calibration") -> "Question":
     found = find_model(asked.model)
     name = asked.precision or found.stored
     assumed = [] if asked.precision else [say("precision {name}: as the model's authors publish it", name=name)]
+    if found.folder and not found.runs:
+        assumed.append(
+            say(
+                "config.json is read for its sizes alone, since Brigade does not serve this architecture; a context "
+                "that it does not give counts as 131,072"
+            )
+        )
     if len(priced) > 1:
         assumed.append(say("prices are not known for all kinds of servers: cards are counted instead"))
     if "k" in (asked.n_in + asked.n_out).lower().replace("ki", ""):

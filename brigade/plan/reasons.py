@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from math import ceil, exp, inf
 
-from brigade.plan.memory import memory
+from brigade.plan.memory import kept_bytes, memory
 from brigade.plan.night import night_of
 from brigade.plan.question import Option, Question
 from brigade.plan.rates import Calibration
@@ -76,7 +76,7 @@ def sentence(q: Question, best: Option | None, options: list[Option]) -> Say:
         most = max(options, key=lambda o: o.most_users)
         return say(
             "These servers cannot keep the promise for {users:,} users; the nearest is {most:,.0f} users on {name}, "
-            "and about {nodes} nodes would serve all.",
+            "and about {nodes:,} nodes would serve all.",
             users=q.users, most=most.most_users, name=most.name,
             nodes=ceil(most.layout.nodes * q.users / most.most_users),
         )  # fmt: skip
@@ -231,8 +231,8 @@ def assumptions(q: Question, beside: float) -> tuple[Say, ...]:
         say("users: requests in the system at once, each followed at once by the next; lengths as given, all alike"),
         say("promises hold at p90; time per token varies by 4 % (lengths) and by the prefills met on mixed units"),
         say(
-            "weights {weights}, cache {kv}; 10 % of memory and 6 GB kept free on each card",
-            weights=q.precision_name, kv=q.precision.kv,
+            "weights {weights}, cache {kv}; 10 % of memory and {kept:g} GB kept free on each card",
+            weights=q.precision_name, kv=q.precision.kv, kept=kept_bytes(q.fleets[0].device) / 1e9,
         ),
         say("prefill units run at {load:.0f} % of their capacity at most", load=100 * DESIGN_LOAD),
         say("power: data-sheet watts of the cards and {beside:.0f} % for the rest", beside=100 * beside),

@@ -13,6 +13,7 @@ from brigade.plan.arrivals import read_trace
 from brigade.plan.ask import answer
 from brigade.plan.models import find_model
 from brigade.plan.night import night_of
+from brigade.plan.plots import Plot
 from brigade.plan.quantity import servers
 from brigade.plan.question import Answer, Question
 from brigade.plan.rates import Rates, shipped
@@ -131,6 +132,29 @@ def test_the_file_that_is_written_is_of_an_option_that_brigade_runs(tmp_path: Pa
     assert "TP" not in text
     assert "PP" not in text
     assert deployment.units
+
+
+def test_what_is_assumed_is_what_is_counted(tmp_path: Path) -> None:
+    def assumed(*args: str) -> list[str]:
+        result = run("--users", "1", "--tpot", "1s", "--ttft", "60s", *args, "--json")
+        assert result.exit_code == 0, result.output
+        found: list[str] = json.loads(result.output)["assumptions"]
+        return found
+
+    host = assumed("--servers", "1 x 1 x Xeon-6980P", "--model", "r1-distill-qwen-7b")
+    assert any("10 % of memory and 1 GB kept free" in x for x in host)
+    card = assumed("--servers", "1 x 8 x H200", "--model", "r1-distill-qwen-7b")
+    assert any("10 % of memory and 6 GB kept free" in x for x in card)
+    sizes = {"hidden_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 8, "vocab_size": 32000}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], "intermediate_size": 4096, **sizes}))
+    own = assumed("--servers", "1 x 8 x H200", "--model", str(tmp_path))
+    assert any("read for its sizes alone" in x for x in own)
+
+
+def test_an_axis_has_no_exponents() -> None:
+    marks = re.findall(r'text-anchor="(?:end|middle)">([^<]*)<', Plot(9000.0, 2e6, "users", "tokens").svg())
+    assert "10,000" in marks
+    assert not [x for x in marks if "e+" in x]
 
 
 def test_what_brigade_cannot_run_is_not_written(tmp_path: Path) -> None:
