@@ -1,6 +1,6 @@
 """Seconds of one step of one unit: the ops of spec/work.py over the device's peaks times the calibrated rates.
 
-computing   max(FLOPs / (peak x min(1, share x (BF16 peak / reference)^-falloff)), bytes / (memory x share))
+computing   max(FLOPs / (peak x share x (BF16 peak / reference)^-falloff), bytes / (memory x share))
 sending     wire bytes / (link x share) + calls x latency; what goes over both links at once takes the longer
             core attention, whose products and reads take about as long: the root of the sum of their squares
 imbalance   multiplies experts, dispatch and combine: the step waits for the busiest rank (balance.py)
@@ -25,6 +25,9 @@ LENT = 20 / 132
 """Share of the processors that normal dispatch kernels hold while they run beside computing (DeepSeek-V3, 3.2.2)."""
 REFERENCE = 989e12
 """BF16 peak of the device whose shares `Rates` are. It stands for a device's size: not all have an FP8 unit."""
+SMALLEST = 147e12
+"""BF16 peak of the smallest device whose own products were fitted (RTX 4090D). Below it, shares that go on growing
+would pass 1, so they end there."""
 EVEN = LoadStatistics(spread=0.0, drift=0.0)
 SAMPLED = LoadStatistics()
 
@@ -206,7 +209,9 @@ def _serial(
             memory = on.hbm_rate * rates.host_memory
         else:
             memory = on.hbm_rate * (rates.memory if op.balanced else rates.stream)
-        reached = min(1.0, share * (on.bf16 / REFERENCE) ** -rates.falloff)  # a small host would exceed its peak
+        reached = share * (on.bf16 / REFERENCE) ** -rates.falloff
+        if on is device and on.bf16 < SMALLEST:
+            reached = min(1.0, reached)
         products = op.flops / (on.rate(op.precision) * reached)
         if not op.balanced:
             products *= 1 + rates.tile / op.rows
