@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 from brigade.cli.fault import one_line
 
 if TYPE_CHECKING:
+    from brigade.plan.models import Model
     from brigade.plan.question import Question
     from brigade.plan.rates import Calibration
     from brigade.spec.device import Device
+
+
+MOST_COUNT_BYTES = 64
+"""Of one count in a file of expert loads, with what separates it from the next."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def question(asked: Asked, c: "Calibration") -> "Question":
         precision_name=name,
         engine=engine_of(asked.engine, c),
         api_price=None if asked.api_price is None else read.dollars("--api-price", asked.api_price),
-        loads=Setup(balanced=asked.balanced, loads=LoadStatistics(counts=read_loads(asked.loads, found.n_experts))),
+        loads=Setup(balanced=asked.balanced, loads=LoadStatistics(counts=read_loads(asked.loads, found))),
         draft=asked.draft,
         night=None if asked.night is None else read.share("--night", asked.night),
         night_hours=read.hours("--night-hours", asked.night_hours),
@@ -146,21 +151,28 @@ def read_device(path: Path | None) -> "tuple[Device, ...]":
     return (device_from({str(k): v for k, v in data.items()}, str(path)),)
 
 
-def read_loads(path: Path | None, n_experts: int) -> tuple[tuple[float, ...], ...]:
+def read_loads(path: Path | None, model: "Model") -> tuple[tuple[float, ...], ...]:
     """Counts by layer and expert."""
     if path is None:
         return ()
     from brigade.plan.quantity import BadQuantity
 
+    n_experts, most = model.n_experts, model.spec.n_layers + model.spec.n_mtp
     try:
+        if path.stat().st_size > most * n_experts * MOST_COUNT_BYTES + 4096:
+            raise BadQuantity(f"--loads {path}: is longer than {most} layers of {n_experts} counts can be")
         data = json.loads(path.read_text(encoding="utf-8"))
         counts = tuple(tuple(float(x) for x in layer) for layer in data)
     except OSError as e:
         raise BadQuantity(f"--loads {path}: cannot be read ({e.strerror})") from e
+    except BadQuantity:
+        raise
     except (ValueError, TypeError, RecursionError, OverflowError) as e:
         raise BadQuantity(
             f"--loads {path}: must be a list of layers, each a list of counts ({one_line(str(e))})"
         ) from e
+    if len(counts) > most:
+        raise BadQuantity(f"--loads {path}: has {len(counts)} layers, and {model.name} has {most}")
     if not counts or not all(len(x) == n_experts and 0 < sum(x) < float("inf") and min(x) >= 0 for x in counts):
         raise BadQuantity(
             f"--loads {path}: every layer needs {n_experts} counts, one for each expert, none negative, not all 0"

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from brigade.plan.rates import Calibration
     from brigade.plan.simulate import Simulated
 
+MOST_OVERLOAD = 4
+"""Times what an option can do that is still simulated."""
+
 
 def simulate(
     plan: Annotated[Path, typer.Argument(help="What `brigade plan --json` printed.", show_default=False)],
@@ -90,7 +93,7 @@ def run(
     o: "Option", q: "Question", c: "Calibration", trace: str, rate: float, seconds: float, vary: float, seed: int
 ) -> "tuple[Simulated, str, dict[str, list[Beside]]]":
     """What was simulated, of what, and the estimate beside it: as the plan has it, and without engines' own delays."""
-    from brigade.plan.arrivals import Users, at_rate, means, read_trace
+    from brigade.plan.arrivals import MOST_REQUESTS, Users, at_rate, means, read_trace
     from brigade.plan.ask import serve
     from brigade.plan.compared import beside, served_at, simulate_trace, simulate_users, without_engines_own_delays
     from brigade.plan.compared import trace_workload as workload_of
@@ -111,7 +114,14 @@ def run(
     given = read_trace(None if trace == "shipped" else Path(trace))
     mean = means(given)
     tokens = mean["n_in"] + mean["n_out"] / 2
-    rate = rate or 0.5 * o.layout.rate * min(1.0, (q.n_in + q.n_out / 2) / tokens)
+    full = o.layout.rate * min(1.0, (q.n_in + q.n_out / 2) / tokens)
+    rate = rate or 0.5 * full
+    most = min(MOST_OVERLOAD * full, MOST_REQUESTS / seconds)
+    if rate > most:
+        raise BadQuantity(
+            f"--rate {rate:g}: this option does about {full:.3g} requests/s of this trace; what waits for ever, and "
+            f"more than {MOST_REQUESTS:,} requests are not simulated, the nearest is --rate {most:.3g}"
+        )
     arrivals = at_rate(given, rate, seconds)
     found = simulate_trace(o.layout, c, arrivals, seconds, seed)
     w = workload_of(arrivals, min(0.99, found.hit))

@@ -197,6 +197,33 @@ def test_wrong_words_get_one_line(args: tuple[str, ...], says: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("layers", "experts", "says"),
+    [
+        (100, 256, "has 100 layers, and deepseek-v3 has 62"),
+        (4000, 256, "is longer than 62 layers"),
+        (2, 7, "256 counts"),
+    ],
+)
+def test_loads_of_another_size_are_one_line(layers: int, experts: int, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "loads.json"
+    path.write_text(json.dumps([[1] * experts] * layers))
+    result = run("--servers", "4 x 8 x H200", "--users", "60", "--loads", str(path))
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("rate", "says"), [("100000", "are not simulated, the nearest is --rate"), ("nan", "requests per second")]
+)
+def test_a_rate_that_no_option_could_serve_is_not_simulated(rate: str, says: str, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(run("--servers", "1 x 8 x H200", "--users", "40", "--json").output)
+    result = run("simulate", str(plan), "--trace", "shipped", "--rate", rate)
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
     ("point", "says"),
     [
         (5, "must be keys with values"),
