@@ -52,10 +52,13 @@ def simulate(
     try:
         c = calibration(calibrate)
         q = replace(question(asked(plan, device), c), smaller=False)
-        options = answer(q, c).options
-        if option > len(options):
-            raise BadQuantity(f"--option {option}: the plan has {len(options)}; smaller models are not simulated")
-        o = options[option - 1]
+        name = deployment_of(plan, option, q.model.name)
+        o = next((o for o in answer(q, c).options if str(o.name) == name), None)
+        if o is None:
+            raise BadQuantity(
+                f"--option {option}: '{name}' is not among today's options for this question; make the plan again, and "
+                "give --device and --calibrate as then"
+            )
         found, workload, rows = run(o, q, c, trace, rate, seconds, vary, seed)
     except (BadQuantity, BadDevice, BadModel, BadConfig, BadPoints, BadTrace, Impossible, Overload) as e:
         raise Fault(one_line(str(e)), 2) from e
@@ -75,6 +78,8 @@ def asked(path: Path, device: Path | None) -> "Asked":
 
     try:
         q = json.loads(path.read_text(encoding="utf-8"))["question"]
+        if q.get("loads"):
+            raise BadQuantity(f"{path}: was made with --loads, which are not simulated; make it without")
         servers = " + ".join(f"{n} x {each} x {name}" for n, each, name in q["servers"])
         return Asked(
             model=str(q["model_from"]), servers=servers, users=str(q["users"]), n_in=str(q["input"]),
@@ -85,8 +90,28 @@ def asked(path: Path, device: Path | None) -> "Asked":
         )  # fmt: skip
     except OSError as e:
         raise BadQuantity(f"{path}: cannot be read ({e.strerror})") from e
+    except BadQuantity:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise BadQuantity(f"{path}: not a plan ({e!r}); write it with brigade plan --json") from e
+
+
+def deployment_of(path: Path, option: int, model: str) -> str:
+    """What an option of a plan's JSON is called. Raises BadQuantity for one that is not there, or of another model."""
+    from brigade.plan.quantity import BadQuantity
+
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))["options"]
+        named = [(str(o["model"]), str(o["deployment"])) for o in options]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise BadQuantity(f"{path}: not a plan ({e!r}); write it with brigade plan --json") from e
+    if option > len(named):
+        raise BadQuantity(f"--option {option}: the plan has {len(named)}")
+    found, name = named[option - 1]
+    if found != model:
+        mine = ", ".join(str(i) for i, (m, _) in enumerate(named, 1) if m == model)
+        raise BadQuantity(f"--option {option}: is of {found}; only those of {model} are simulated: {mine}")
+    return name
 
 
 def run(

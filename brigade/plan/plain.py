@@ -20,7 +20,7 @@ def as_data(a: Answer, c: Calibration) -> dict[str, Any]:
             "servers": [[s.n, s.per_node, s.device.name] for s in q.fleets], "users": q.users,
             "input": q.n_in, "output": q.n_out, "hit_rate": q.hit, "tpot_s": q.slo.tpot, "ttft_s": q.slo.ttft,
             "precision": q.precision_name, "kv": q.precision.kv, "engine": q.engine, "draft": q.can_draft,
-            "balanced": q.loads.balanced, "night": q.night,
+            "balanced": q.loads.balanced, "loads": bool(q.loads.loads.counts), "night": q.night,
         },
         "sentence": str(a.sentence),
         "recommended": a.recommended is not None,
