@@ -120,14 +120,16 @@ def question(asked: Asked, c: "Calibration") -> "Question":
 def engine_of(text: str, c: "Calibration") -> str:
     """An engine that was measured, or "" for an average one."""
     from brigade.plan.quantity import BadQuantity
+    from brigade.plan.rates import shipped
 
     name = text.lower()
-    known = sorted(k for k in c.factors if "/" not in k)
+    pages = {k for k in shipped().factors if " " in k}  # points that name no engine go by their page's title
+    known = sorted(k for k in c.factors if "/" not in k and k not in pages)
     if name and name not in known:
-        near = get_close_matches(name, known, 1, 0.0)[0]
+        near, shown = get_close_matches(name, known, 1, 0.0)[0], one_line(text[:60])
         raise BadQuantity(
-            f"--engine {one_line(text)}: nobody measured it; the nearest is {near}. Leave it out for an average "
-            "engine, or give your own measurements with --calibrate"
+            f"--engine {shown}: nobody measured it; the nearest is {near} (measured: {', '.join(known)}); "
+            "leave it out for an average engine, or give your own measurements with --calibrate"
         )
     return name
 

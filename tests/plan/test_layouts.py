@@ -177,7 +177,8 @@ def test_json_has_every_term_with_its_formula_and_source() -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--engine", "sglnag"), "nobody measured it; the nearest is sglang"),
+        (("--engine", "sglnag"), "nobody measured it; the nearest is sglang (measured: "),
+        (("--engine", "vultr inference cookbook"), "nobody measured it"),
         (("--price", "abc"), "--price abc: must be a positive number of dollars"),
         (("--night-hours", "25"), "at most 24"),
         (("--input", "160k", "--output", "64k"), "has a context of 163,840; the nearest is --output"),
