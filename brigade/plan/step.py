@@ -87,14 +87,6 @@ class Step(NamedTuple):
     """Busiest rank over mean."""
     terms: tuple[Term, ...]
 
-    @property
-    def binding(self) -> str:
-        """What limits the step: the largest of its bounds."""
-        total: dict[str, float] = {}
-        for term in self.terms:
-            total[term.bound] = total.get(term.bound, 0.0) + term.seconds
-        return max(total, key=lambda k: total[k])
-
 
 def tokens_per_step(draft: int, accept: float) -> float:
     """Expected tokens of a step that verifies `draft` drafted ones: 1 + a + a^2 + ... (each needs those before it)."""
