@@ -92,7 +92,8 @@ def _options(options: Sequence[Option], t: Tell) -> str:
     rows = [
         (
             f"{o.model}: {t(o.name)}",
-            f"{o.most_users:,.0f} ({o.most_users_range[0]:,.0f}-{o.most_users_range[1]:,.0f})",
+            ("" if o.fits else t(say("only")) + " ")
+            + f"{o.most_users:,.0f} ({o.most_users_range[0]:,.0f}-{o.most_users_range[1]:,.0f})",
             f"{o.layout.nodes:g}",
             f"{o.tokens_per_gpu:,.0f}",
             "/".join(f"{x:.2f}" for x in o.ttft) + f" s ×÷ {o.ttft_factor:.2g}",

@@ -17,6 +17,7 @@ from brigade.cli.plan_shown import options_table
 from brigade.engine.config import EngineConfig
 from brigade.plan.ask import answer
 from brigade.plan.deployment import deployment_yaml, runnable
+from brigade.plan.html import report
 from brigade.plan.memory import memory
 from brigade.plan.models import find_model
 from brigade.plan.quantity import seconds, servers
@@ -391,3 +392,10 @@ def test_the_report_is_one_file_without_network(lang: str, heading: str, tmp_pat
     assert text.count("<svg") >= 5
     assert "http" not in text.replace("https://", "").replace("http://", "") or "src=" not in text
     assert "<script" not in text
+
+
+@pytest.mark.parametrize(("lang", "only"), [("en", "only "), ("zh", "仅 ")])
+def test_the_report_marks_options_that_do_not_serve_all(lang: str, only: str) -> None:
+    a = answer(ask("4 x 8 x H800", 700), C)
+    table = report(a, C, lang).split("<h2>")[1]
+    assert table.count(f"<td>{only}") == sum(not o.fits for o in a.options) > 0
