@@ -14,7 +14,7 @@ from brigade.plan.rates import Calibration
 from brigade.plan.reasons import assumptions, crossover, crossover_curve, describe, notes, sentence, why
 from brigade.plan.search import FAMILIES, Found, Layout, across, cheapest, search, strongest
 from brigade.plan.serving import P90, P99, Served, Workload, disaggregated, mixed, steady
-from brigade.plan.units import Unit
+from brigade.plan.units import Unit, gathered
 from brigade.spec.work import FP8, Facts
 
 BESIDE_CARDS = 0.35
@@ -120,7 +120,8 @@ def serve(layout: Layout, c: Calibration, w: Workload) -> Served:
         return mixed(pools[0][1], steady(c), w)
     prefill = next(p for role, p in pools if role == "prefill")
     decode = next(p for role, p in pools if role == "decode")
-    return disaggregated(prefill, decode, steady(c), w)
+    c = steady(c)
+    return disaggregated(prefill, decode, c, w, busy=gathered(prefill, c, w))
 
 
 def interval(layout: Layout, c: Calibration) -> float:

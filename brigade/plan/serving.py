@@ -207,18 +207,18 @@ def mixed(
 
 
 def disaggregated(
-    prefill: Pool, decode: Pool, c: Calibration, w: Workload, cap: float = 0.0, hand_over: float | None = None
+    prefill: Pool, decode: Pool, c: Calibration, w: Workload, cap: float = 0.0, busy: float | None = None
 ) -> Served:
     """Prefill units hand their caches to decode units. `cap`: requests a decode replica holds; 0: by its memory.
-    `hand_over`: bytes/s of one transfer; None: the NIC's."""
+    `busy`: seconds of a prefill replica for each prompt under load; None: what one takes alone."""
     r = c.rates
     pre, pre_step = prefill_time(prefill, c, w)
-    busy = occupied(prefill, pre, w)
+    busy = occupied(prefill, pre, w) if busy is None else busy
     servers = float(prefill.replicas)
     full = servers / busy  # prompts per second
     room = max(1e-3, cap or decode.capacity(w.context))
     per = tokens_per_step(decode.setup.draft, accept_of(decode.setup, r))
-    link = hand_over or min(prefill.device.nic, decode.device.nic) * r.out
+    link = min(prefill.device.nic, decode.device.nic) * r.out
     send = r.transfer * w.n_in * decode.f.kv_bytes / link / prefill.grid.tp
     late = c.ttft_factor(prefill.engine, prefill.device.name, apart=True) * gathering(prefill, c)
     base = (r.ttft_ms * 1e-3 + r.alone_apart * pre + send) * late

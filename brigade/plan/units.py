@@ -41,6 +41,8 @@ MOST_BATCH = 1024.0
 """Requests of a replica in one step at most: no engine goes further."""
 BATCHED = 4096
 """Tokens that short prompts are gathered to in one prefill step under load."""
+MOST_TOGETHER = 64
+"""Prompts of one such step at most: a common bound of requests that run at once."""
 FEWER = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
 """Shares of the largest batch at which a decode unit is known, for layouts whose prefill units bind."""
 REFINED = 4
@@ -221,6 +223,16 @@ def first_token(pool: Pool, c: Calibration, w: Workload) -> tuple[float, float]:
     return base + wait, base + 0.8 * gated(base, pool, c) + wait / DESIGN_LOAD * log(DESIGN_LOAD / 0.1)
 
 
+def gathered(pool: Pool, c: Calibration, w: Workload) -> float:
+    """Seconds that a replica is busy with each prompt under load, when short ones are computed in one step."""
+    together = max(1, min(MOST_TOGETHER, round(BATCHED / w.computed)))
+    tokens = w.computed * together
+    if tokens > CHUNK:
+        return occupied(pool, prefill_time(pool, c, w)[0], w)
+    step = prefill_step(pool.f, pool.grid, pool.device, c.rates, tokens, w.computed, w.n_in - w.computed, pool.setup)
+    return step.seconds * pool.factor(c, "prefill") / together / pool.grid.pp
+
+
 def computes(pool: Pool, w: Workload) -> bool:
     """Whether a prefill unit has room for a prompt, or for a chunk of it."""
     return memory(pool.f, pool.grid, pool.device).tokens >= min(CHUNK, w.n_in)
@@ -231,15 +243,7 @@ def prefill_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo
     ttft, p90 = first_token(pool, c, w)
     if p90 > slo.ttft or not computes(pool, w):
         return None
-    together = max(1, round(BATCHED / w.computed))
-    tokens = w.computed * together
-    if tokens <= CHUNK:
-        step = prefill_step(
-            pool.f, pool.grid, pool.device, c.rates, tokens, w.computed, w.n_in - w.computed, pool.setup
-        )
-        busy = step.seconds * pool.factor(c, "prefill") / together / pool.grid.pp
-    else:
-        busy = occupied(pool, prefill_time(pool, c, w)[0], w)
+    busy = gathered(pool, c, w)
     rate = DESIGN_LOAD * pool.grid.dp / busy
     return Unit("prefill", nodes, pool, 0.0, rate, 0.0, ttft, "ttft")
 

@@ -91,6 +91,24 @@ def test_the_most_users_are_those_at_whom_the_steps_themselves_keep_the_promise(
             assert o.tokens_per_gpu == pytest.approx(o.layout.rate * 1000 / o.n_gpus, rel=0.005), o.name
 
 
+@pytest.mark.parametrize(
+    ("fleet", "model", "precision", "n_in", "n_out", "hit", "slo"),
+    [
+        ("12 x 8 x H800", "qwen3-235b-a22b", "bf16", 1878, 293, 0.3, Slo(0.073, 0.596)),
+        ("30 x 2 x H100", "qwen3-235b-a22b", "int8", 1112, 52, 0.999, Slo(0.478, 1.82)),
+    ],
+)
+def test_short_prompts_that_are_gathered_are_gathered_in_what_users_see_too(
+    fleet: str, model: str, precision: str, n_in: int, n_out: int, hit: float, slo: Slo
+) -> None:
+    q = Question(
+        find_model(model), servers(fleet), 5000, n_in, n_out, hit, slo, PRECISIONS[precision], precision, smaller=False
+    )
+    for o in answer(q, C).options:
+        assert o.ttft[1] <= slo.ttft * 1.1, o.name
+        assert o.tpot[1] <= slo.tpot * 1.02, o.name
+
+
 def test_more_memory_never_holds_fewer_users() -> None:
     f, w, slo = find_model("kimi-k2").facts(FP8), Workload(100, 733, 946, 0.3), Slo(0.0391, 4.485)
     h20 = servers("11 x 8 x H20")[0]
