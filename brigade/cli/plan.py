@@ -13,6 +13,7 @@ from brigade.cli.fault import Fault, one_line
 if TYPE_CHECKING:
     from brigade.plan.case import Case
     from brigade.plan.question import Answer
+    from brigade.plan.rates import Calibration
 
 app = typer.Typer(
     help="Say which deployment your servers should run: boxes, an expert-parallel cluster, or a smaller model.",
@@ -58,7 +59,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a report with plots.")] = None,
     lang: Annotated[str, typer.Option(help="Of the report: en or zh.")] = "en",
-    out: Annotated[Path | None, typer.Option(help="Write the first option that Brigade runs as a file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the best layout that Brigade runs as a file.")] = None,
 ) -> None:
     """Say which deployment your servers should run: boxes, an expert-parallel cluster, or a smaller model."""
     if ctx.invoked_subcommand is not None:
@@ -83,7 +84,7 @@ def plan(
     except (BadQuantity, BadDevice, BadModel, BadConfig, BadPoints, Impossible) as e:
         raise Fault(one_line(str(e)), 2) from e
     if out is not None:
-        write_deployment(out, a)
+        write_deployment(out, a, c)
     if html is not None:
         from brigade.plan.html import report
 
@@ -98,19 +99,26 @@ def plan(
     show(a, c, explain)
 
 
-def write_deployment(path: Path, a: "Answer") -> None:
-    """The file of the first option that Brigade runs, and on stderr which that is if it is not the first."""
-    from brigade.plan.deployment import deployment_yaml, runnable, what_brigade_lacks
+def write_deployment(path: Path, a: "Answer", c: "Calibration") -> None:
+    """The file of the first option, or of the best layout that Brigade runs; on stderr which that is."""
+    from brigade.plan.deployment import cannot_run, deployment_yaml, runnable, what_brigade_lacks
 
     q = a.question
-    o = runnable(a.options, q.model.name)
-    lacks = what_brigade_lacks(a.options[0])
+    first = next(o for o in a.options if o.model == q.model.name)
+    lacks = what_brigade_lacks(first, q)
+    if lacks is None:
+        write(path, deployment_yaml(first, q))
+        return
+    o = runnable(q, c)
     if o is None:
-        raise Fault(f"{path}: not written, because Brigade runs none of these options: the first needs {lacks}", 2)
+        rest = "" if cannot_run(q) else ", and nothing that it runs on these servers keeps the promise"
+        raise Fault(f"{path}: not written, because this needs {lacks}, which Brigade does not have{rest}", 2)
     write(path, deployment_yaml(o, q))
-    if o is not a.options[0]:
-        number = a.options.index(o) + 1
-        typer.echo(f"{path}: option {number}, because option 1 needs {lacks}, which Brigade does not have", err=True)
+    typer.echo(
+        f"{path}: {o.name}, for {'' if o.fits else 'only '}{min(o.most_users, q.users):,.0f} users, because option 1 "
+        f"needs {lacks}, which Brigade does not have",
+        err=True,
+    )
 
 
 def write(path: Path, text: str) -> None:

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 from brigade.cli.fault import one_line
 
 if TYPE_CHECKING:
+    from brigade.plan.models import Model
     from brigade.plan.question import Question
     from brigade.plan.rates import Calibration
     from brigade.spec.device import Device
+
+
+MOST_COUNT_BYTES = 64
+"""Of one count in a file of expert loads, with what separates it from the next."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ def question(asked: Asked, c: "Calibration") -> "Question":
         raise read.BadQuantity(f"--kv {one_line(asked.kv)}: must be bf16 or fp8")
     own = read_device(asked.device)
     fleets = read.servers(asked.servers, own)
+    if own and not any(s.device in own for s in fleets):
+        name = own[0].name
+        raise read.BadQuantity(
+            f"--device {asked.device}: '{name}' is not among --servers; write it there, like '4 x 8 x {name}'"
+        )
     if asked.price is not None:
         price = read.dollars("--price", asked.price)
         fleets = tuple(replace(s, device=replace(s.device, price=price)) for s in fleets)
@@ -66,6 +76,13 @@ def question(asked: Asked, c: "Calibration") -> "Question":
     found = find_model(asked.model)
     name = asked.precision or found.stored
     assumed = [] if asked.precision else [say("precision {name}: as the model's authors publish it", name=name)]
+    if found.folder and not found.runs:
+        assumed.append(
+            say(
+                "config.json is read for its sizes alone, since Brigade does not serve this architecture; a context "
+                "that it does not give counts as 131,072"
+            )
+        )
     if len(priced) > 1:
         assumed.append(say("prices are not known for all kinds of servers: cards are counted instead"))
     if "k" in (asked.n_in + asked.n_out).lower().replace("ki", ""):
@@ -85,7 +102,7 @@ def question(asked: Asked, c: "Calibration") -> "Question":
         precision_name=name,
         engine=engine_of(asked.engine, c),
         api_price=None if asked.api_price is None else read.dollars("--api-price", asked.api_price),
-        loads=Setup(balanced=asked.balanced, loads=LoadStatistics(counts=read_loads(asked.loads, found.n_experts))),
+        loads=Setup(balanced=asked.balanced, loads=LoadStatistics(counts=read_loads(asked.loads, found))),
         draft=asked.draft,
         night=None if asked.night is None else read.share("--night", asked.night),
         night_hours=read.hours("--night-hours", asked.night_hours),
@@ -103,14 +120,16 @@ def question(asked: Asked, c: "Calibration") -> "Question":
 def engine_of(text: str, c: "Calibration") -> str:
     """An engine that was measured, or "" for an average one."""
     from brigade.plan.quantity import BadQuantity
+    from brigade.plan.rates import shipped
 
     name = text.lower()
-    known = sorted(k for k in c.factors if "/" not in k)
+    pages = {k for k in shipped().factors if " " in k}  # points that name no engine go by their page's title
+    known = sorted(k for k in c.factors if "/" not in k and k not in pages)
     if name and name not in known:
-        near = get_close_matches(name, known, 1, 0.0)[0]
+        near, shown = get_close_matches(name, known, 1, 0.0)[0], one_line(text[:60])
         raise BadQuantity(
-            f"--engine {one_line(text)}: nobody measured it; the nearest is {near}. Leave it out for an average "
-            "engine, or give your own measurements with --calibrate"
+            f"--engine {shown}: nobody measured it; the nearest is {near} (measured: {', '.join(known)}); "
+            "leave it out for an average engine, or give your own measurements with --calibrate"
         )
     return name
 
@@ -134,21 +153,28 @@ def read_device(path: Path | None) -> "tuple[Device, ...]":
     return (device_from({str(k): v for k, v in data.items()}, str(path)),)
 
 
-def read_loads(path: Path | None, n_experts: int) -> tuple[tuple[float, ...], ...]:
+def read_loads(path: Path | None, model: "Model") -> tuple[tuple[float, ...], ...]:
     """Counts by layer and expert."""
     if path is None:
         return ()
     from brigade.plan.quantity import BadQuantity
 
+    n_experts, most = model.n_experts, model.spec.n_layers + model.spec.n_mtp
     try:
+        if path.stat().st_size > most * n_experts * MOST_COUNT_BYTES + 4096:
+            raise BadQuantity(f"--loads {path}: is longer than {most} layers of {n_experts} counts can be")
         data = json.loads(path.read_text(encoding="utf-8"))
         counts = tuple(tuple(float(x) for x in layer) for layer in data)
     except OSError as e:
         raise BadQuantity(f"--loads {path}: cannot be read ({e.strerror})") from e
+    except BadQuantity:
+        raise
     except (ValueError, TypeError, RecursionError, OverflowError) as e:
         raise BadQuantity(
             f"--loads {path}: must be a list of layers, each a list of counts ({one_line(str(e))})"
         ) from e
+    if len(counts) > most:
+        raise BadQuantity(f"--loads {path}: has {len(counts)} layers, and {model.name} has {most}")
     if not counts or not all(len(x) == n_experts and 0 < sum(x) < float("inf") and min(x) >= 0 for x in counts):
         raise BadQuantity(
             f"--loads {path}: every layer needs {n_experts} counts, one for each expert, none negative, not all 0"

@@ -37,25 +37,32 @@ def show(a: "Answer", c: "Calibration", explain: bool) -> None:
 
 
 def options_table(options: "Iterable[Option]") -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="rates in output tokens/s; ranges are 80 % intervals")
+    title = "output tokens/s; ranges and x/÷ are 80 % intervals, of rates at full use"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("", "users", "nodes", "tok/s/card", "TTFT s", "TPOT ms", "$/M out", "kW"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # a number that is cut off is another number
     for i, o in enumerate(options, 1):
         low, high = o.most_users_range
-        rate = f"{o.tokens_per_gpu:,.0f}", f"{o.tokens_range[0]:,.0f}-{o.tokens_range[1]:,.0f} full"
+        rate = f"{o.tokens_per_gpu:,.0f}", f"{o.tokens_range[0]:,.0f}-{o.tokens_range[1]:,.0f}"
         table.add_row(
             f"{i}",
             f"{'' if o.fits else 'only '}{o.most_users:,.0f}\n{low:,.0f}-{high:,.0f}",
             f"{o.layout.nodes:g}\n{o.tokens_per_node:,.0f}/node",
             "\n".join(rate),
-            "\n".join(f"p{p} {x:.2f}" for p, x in zip((50, 90, 99), o.ttft, strict=True)),
-            "\n".join(f"p{p} {1e3 * x:.0f}" for p, x in zip((50, 90, 99), o.tpot, strict=True)),
-            "-" if o.cost is None else f"{o.cost:.2f}",
+            _quantiles([f"{x:.2f}" for x in o.ttft], o.ttft_factor),
+            _quantiles([f"{1e3 * x:.0f}" for x in o.tpot], o.tpot_factor),
+            "-" if o.cost is None else f"{o.cost:.2f}\n{o.cost_range[0]:.2f}-{o.cost_range[1]:.2f}",
             f"{o.kilowatts:,.0f}",
         )
     return table
+
+
+def _quantiles(values: "Iterable[str]", factor: float) -> str:
+    lines = [f"p{p} {x}" for p, x in zip((50, 90, 99), values, strict=True)]
+    return "\n".join([*lines, f"x/÷ {factor:.2g}"])
 
 
 def lines_table(lines: "Iterable[Line]") -> "Table":

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from brigade.plan.rates import Calibration
     from brigade.plan.simulate import Simulated
 
+MOST_OVERLOAD = 4
+"""Times what an option can do that is still simulated."""
+
 
 def simulate(
     plan: Annotated[Path, typer.Argument(help="What `brigade plan --json` printed.", show_default=False)],
@@ -49,10 +52,13 @@ def simulate(
     try:
         c = calibration(calibrate)
         q = replace(question(asked(plan, device), c), smaller=False)
-        options = answer(q, c).options
-        if option > len(options):
-            raise BadQuantity(f"--option {option}: the plan has {len(options)}; smaller models are not simulated")
-        o = options[option - 1]
+        name = deployment_of(plan, option, q.model.name)
+        o = next((o for o in answer(q, c).options if str(o.name) == name), None)
+        if o is None:
+            raise BadQuantity(
+                f"--option {option}: '{name}' is not among today's options for this question; make the plan again, and "
+                "give --device and --calibrate as then"
+            )
         found, workload, rows = run(o, q, c, trace, rate, seconds, vary, seed)
     except (BadQuantity, BadDevice, BadModel, BadConfig, BadPoints, BadTrace, Impossible, Overload) as e:
         raise Fault(one_line(str(e)), 2) from e
@@ -72,6 +78,8 @@ def asked(path: Path, device: Path | None) -> "Asked":
 
     try:
         q = json.loads(path.read_text(encoding="utf-8"))["question"]
+        if q.get("loads"):
+            raise BadQuantity(f"{path}: was made with --loads, which are not simulated; make it without")
         servers = " + ".join(f"{n} x {each} x {name}" for n, each, name in q["servers"])
         return Asked(
             model=str(q["model_from"]), servers=servers, users=str(q["users"]), n_in=str(q["input"]),
@@ -82,15 +90,35 @@ def asked(path: Path, device: Path | None) -> "Asked":
         )  # fmt: skip
     except OSError as e:
         raise BadQuantity(f"{path}: cannot be read ({e.strerror})") from e
+    except BadQuantity:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise BadQuantity(f"{path}: not a plan ({e!r}); write it with brigade plan --json") from e
+
+
+def deployment_of(path: Path, option: int, model: str) -> str:
+    """What an option of a plan's JSON is called. Raises BadQuantity for one that is not there, or of another model."""
+    from brigade.plan.quantity import BadQuantity
+
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))["options"]
+        named = [(str(o["model"]), str(o["deployment"])) for o in options]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise BadQuantity(f"{path}: not a plan ({e!r}); write it with brigade plan --json") from e
+    if option > len(named):
+        raise BadQuantity(f"--option {option}: the plan has {len(named)}")
+    found, name = named[option - 1]
+    if found != model:
+        mine = ", ".join(str(i) for i, (m, _) in enumerate(named, 1) if m == model)
+        raise BadQuantity(f"--option {option}: is of {found}; only those of {model} are simulated: {mine}")
+    return name
 
 
 def run(
     o: "Option", q: "Question", c: "Calibration", trace: str, rate: float, seconds: float, vary: float, seed: int
 ) -> "tuple[Simulated, str, dict[str, list[Beside]]]":
     """What was simulated, of what, and the estimate beside it: as the plan has it, and without engines' own delays."""
-    from brigade.plan.arrivals import Users, at_rate, means, read_trace
+    from brigade.plan.arrivals import MOST_REQUESTS, Users, at_rate, means, read_trace
     from brigade.plan.ask import serve
     from brigade.plan.compared import beside, served_at, simulate_trace, simulate_users, without_engines_own_delays
     from brigade.plan.compared import trace_workload as workload_of
@@ -111,7 +139,14 @@ def run(
     given = read_trace(None if trace == "shipped" else Path(trace))
     mean = means(given)
     tokens = mean["n_in"] + mean["n_out"] / 2
-    rate = rate or 0.5 * o.layout.rate * min(1.0, (q.n_in + q.n_out / 2) / tokens)
+    full = o.layout.rate * min(1.0, (q.n_in + q.n_out / 2) / tokens)
+    rate = rate or 0.5 * full
+    most = min(MOST_OVERLOAD * full, MOST_REQUESTS / seconds)
+    if rate > most:
+        raise BadQuantity(
+            f"--rate {rate:g}: this option does about {full:.3g} requests/s of this trace; what waits for ever, and "
+            f"more than {MOST_REQUESTS:,} requests are not simulated, the nearest is --rate {most:.3g}"
+        )
     arrivals = at_rate(given, rate, seconds)
     found = simulate_trace(o.layout, c, arrivals, seconds, seed)
     w = workload_of(arrivals, min(0.99, found.hit))

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,14 +19,14 @@ def verify(
     from brigade.plan.verify import BadMetrics
     from brigade.plan.verify import verify as compare
 
+    data = read_plan(plan)
     try:
-        data = json.loads(plan.read_text(encoding="utf-8"))
         text = httpx.get(metrics, timeout=10).raise_for_status().text
         lines = compare(data, text)
-    except OSError as e:
-        raise Fault(f"{plan}: cannot be read ({e.strerror})", 2) from e
-    except (ValueError, httpx.InvalidURL) as e:
-        raise Fault(str(e) if isinstance(e, BadMetrics) else f"{plan} or {metrics}: {e}", 2) from e
+    except BadMetrics as e:
+        raise Fault(f"{plan}, {metrics}: {e}", 2) from e
+    except httpx.InvalidURL as e:
+        raise Fault(f"{metrics}: {e}; give the URL of a running server's metrics", 2) from e
     except httpx.HTTPStatusError as e:
         raise Fault(
             f"{metrics}: answered {e.response.status_code}; give the URL of a running server's metrics", 2
@@ -40,3 +40,13 @@ def verify(
         )
     if not all(x.inside for x in lines):
         raise typer.Exit(1)
+
+
+def read_plan(path: Path) -> Any:
+    """What `brigade plan --json` wrote. Raises Fault."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise Fault(f"{path}: cannot be read ({e.strerror})", 2) from e
+    except (ValueError, RecursionError) as e:
+        raise Fault(f"{path}: not JSON ({e}); write it with brigade plan --json", 2) from e

@@ -14,6 +14,7 @@ from brigade.plan.rates import Calibration
 from brigade.plan.reasons import assumptions, crossover, crossover_curve, describe, notes, sentence, why
 from brigade.plan.search import FAMILIES, Found, Layout, across, cheapest, search, strongest
 from brigade.plan.serving import P90, P99, Served, Workload, disaggregated, mixed, steady
+from brigade.plan.units import Unit, gathered
 from brigade.spec.work import FP8, Facts
 
 BESIDE_CARDS = 0.35
@@ -94,6 +95,8 @@ def option(q: Question, model: str, layout: Layout, c: Calibration, w: Workload)
         tokens_per_gpu=tokens / layout.n_gpus,
         tokens_per_node=tokens / layout.nodes,
         tokens_range=(full * exp(-half), full * exp(half)),
+        ttft_factor=exp(ttft_half(layout, c)),
+        tpot_factor=exp(phase_half(layout.units[-1][0], "decode", c)),
         ttft=(ttft[0], ttft[1], ttft[2]),
         tpot=(served.tpot, served.tpot_quantile(P90), served.tpot_quantile(P99)),
         cost=dollars(layout, tokens),
@@ -117,18 +120,30 @@ def serve(layout: Layout, c: Calibration, w: Workload) -> Served:
         return mixed(pools[0][1], steady(c), w)
     prefill = next(p for role, p in pools if role == "prefill")
     decode = next(p for role, p in pools if role == "decode")
-    return disaggregated(prefill, decode, steady(c), w)
+    c = steady(c)
+    return disaggregated(prefill, decode, c, w, busy=gathered(prefill, c, w))
 
 
 def interval(layout: Layout, c: Calibration) -> float:
     """Half width of the 80 % interval of the layout's throughput, as a logarithm."""
-    out = 0.0
-    for u, _ in layout.units:
-        for phase in ("prefill", "decode") if u.role == "mixed" else (u.role,):
-            half = c.half_width(u.pool.engine, u.pool.device.name, phase)
-            weak = u.pool.device.is_weak + (u.grid.pp > 1)
-            out = max(out, sqrt(half**2 + weak * WEAK**2))
-    return out
+    return max(
+        phase_half(u, phase, c)
+        for u, _ in layout.units
+        for phase in (("prefill", "decode") if u.role == "mixed" else (u.role,))
+    )
+
+
+def phase_half(u: Unit, phase: str, c: Calibration) -> float:
+    """The same of a unit's time in one phase."""
+    weak = u.pool.device.is_weak + (u.grid.pp > 1)
+    return sqrt(c.half_width(u.pool.engine, u.pool.device.name, phase) ** 2 + weak * WEAK**2)
+
+
+def ttft_half(layout: Layout, c: Calibration) -> float:
+    """The same of its time to first token."""
+    u = layout.units[0][0]
+    weak = u.pool.device.is_weak + (u.grid.pp > 1)
+    return sqrt(c.ttft_half_width(u.pool.engine, u.pool.device.name, len(layout.units) > 1) ** 2 + weak * WEAK**2)
 
 
 def _smaller(q: Question, f: Facts, c: Calibration, w: Workload) -> list[Option]:

@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from math import exp, log
+from math import exp
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -29,6 +29,8 @@ from brigade.plan.rates import Calibration, to_json
 
 OUT = Path(__file__).parent / "data" / "calibration.json"
 COVER = 0.8
+SAME = 0.01
+"""Difference that --check lets pass, of a number below 1, or as a share of a larger one."""
 Key = Callable[[Case], object]
 
 HOLD_OUT: Mapping[str, Key] = {
@@ -234,6 +236,20 @@ def dump(data: Mapping[str, Any]) -> str:
     return head[:-2] + ',\n "residuals": [\n' + residuals + "\n ]\n}\n"
 
 
+def far_from(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two outputs differ by more than rounding does on another machine: paths like 'residuals.3.source'."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [k for k in (*old, *new) if k not in old or k not in new]
+        inner = [far_from(old[k], new[k], f"{path}.{k}".strip(".")) for k in old if k in new]
+        return [f"{path}.{k}".strip(".") for k in keys] + [x for one in inner for x in one]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [x for i, (a, b) in pairs for x in far_from(a, b, f"{path}.{i}".strip("."))]
+    if isinstance(old, (int, float)) and isinstance(new, (int, float)):
+        return [] if abs(new - old) <= SAME * max(1.0, abs(old)) else [path]
+    return [] if old == new else [path]
+
+
 def main() -> int:
     """The command line. Returns the exit status: 1 where --check finds another result."""
     parser = argparse.ArgumentParser(prog="brigade.plan.calibrate", description=(__doc__ or "").splitlines()[0])
@@ -245,8 +261,8 @@ def main() -> int:
         OUT.write_text(dump(data), encoding="utf-8")
         return 0
     old = json.loads(OUT.read_text(encoding="utf-8"))
-    far = [k for k, v in data["rates"].items() if abs(log(v / old["rates"][k])) > 0.02]
-    print("same as committed" if not far else f"differs from the committed file in {', '.join(far)}")
+    far = far_from(old, data)
+    print("same as committed" if not far else f"differs from the committed file in {', '.join(far[:20])}")
     return 1 if far else 0
 
 

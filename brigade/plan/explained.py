@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from brigade.plan.ask import serve
-from brigade.plan.memory import memory
+from brigade.plan.memory import kept_bytes, memory
 from brigade.plan.question import Option
 from brigade.plan.rates import Calibration
 from brigade.plan.reasons import ROLES
@@ -133,7 +133,7 @@ def memory_lines(u: Unit) -> list[Line]:
         ("routed experts", m.experts, say("ceil(slots / EP) experts a layer")),
         ("shared experts", m.shared, say("cut by TP")),
         ("head and embedding", m.head, say("cut by TP")),
-        ("kept free", m.reserved, say("10 % of memory and 6 GB")),
+        ("kept free", m.reserved, say("10 % of memory and {kept:g} GB", kept=kept_bytes(u.pool.device) / 1e9)),
         ("cache", max(m.free, 0.0),
          say("what is left: {tokens:,} tokens of {each:,.0f} bytes", tokens=m.tokens, each=m.kv_token)),
     )  # fmt: skip

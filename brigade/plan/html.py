@@ -92,12 +92,13 @@ def _options(options: Sequence[Option], t: Tell) -> str:
     rows = [
         (
             f"{o.model}: {t(o.name)}",
-            f"{o.most_users:,.0f} ({o.most_users_range[0]:,.0f}-{o.most_users_range[1]:,.0f})",
+            ("" if o.fits else t(say("only")) + " ")
+            + f"{o.most_users:,.0f} ({o.most_users_range[0]:,.0f}-{o.most_users_range[1]:,.0f})",
             f"{o.layout.nodes:g}",
             f"{o.tokens_per_gpu:,.0f}",
-            "/".join(f"{x:.2f}" for x in o.ttft) + " s",
-            "/".join(f"{x * 1e3:.0f}" for x in o.tpot) + " ms",
-            "-" if o.cost is None else f"${o.cost:.2f}",
+            "/".join(f"{x:.2f}" for x in o.ttft) + f" s ×÷ {o.ttft_factor:.2g}",
+            "/".join(f"{x * 1e3:.0f}" for x in o.tpot) + f" ms ×÷ {o.tpot_factor:.2g}",
+            "-" if o.cost is None else f"${o.cost:.2f} ({o.cost_range[0]:.2f}-{o.cost_range[1]:.2f})",
             f"{o.kilowatts:,.0f}",
             t(o.why),
         )
@@ -105,9 +106,9 @@ def _options(options: Sequence[Option], t: Tell) -> str:
     ]
     head = (
         *(say("deployment"), say("most users (80 %)"), say("nodes"), say("output tok/s/card")),
-        *("TTFT p50/p90/p99", "TPOT p50/p90/p99", say("$/M output"), "kW", say("why")),
+        *(say("TTFT p50/p90/p99 (80 %)"), say("TPOT p50/p90/p99 (80 %)"), say("$/M output"), "kW", say("why")),
     )
-    return _table([t(h) for h in head], rows, (2, 3, 4, 5, 6, 7))
+    return _table([t(h) for h in head], rows, (2, 3, 6, 7))
 
 
 def _pareto(a: Answer, c: Calibration, t: Tell) -> str:

@@ -10,6 +10,7 @@ RESERVED = 6e9
 USABLE = 0.9
 """Share of the memory that engines take by default."""
 CPU_RESERVED = 1e9
+"""The same of a CPU host, which keeps no graphs and few buffers."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,14 @@ def memory(f: Facts, grid: Grid, device: Device, usable: float = USABLE, drafts:
     experts = layers * slots * f.expert_bytes / grid.moe_tp
     shared = 0.0 if grid.shared_ranks else layers * f.shared_bytes / grid.tp
     head = (f.head_bytes + f.lookup_bytes if grid.pp == 1 else max(f.head_bytes, f.lookup_bytes)) / grid.tp
-    reserved = (RESERVED if device.kind == "gpu" else CPU_RESERVED) + device.hbm * (1 - usable)
+    reserved = kept_bytes(device) + device.hbm * (1 - usable)
     free = device.hbm - reserved - dense - experts - shared - head
     return Memory(dense, experts, shared, head, reserved, free, kv_share * f.kv_bytes / kv_cut(f, grid.tp))
+
+
+def kept_bytes(device: Device) -> float:
+    """Kept free on each rank beside a share of its memory."""
+    return RESERVED if device.kind == "gpu" else CPU_RESERVED
 
 
 def weight_bytes(f: Facts) -> float:

@@ -6,7 +6,7 @@ wider; what it reads this way is for planning and never reaches the loader.
 
 import json
 import os.path
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import resources
@@ -17,6 +17,9 @@ from brigade.spec.config import BadConfig, read_json, read_spec
 from brigade.spec.model import Gqa, Mla, ModelSpec, Moe, Rope
 from brigade.spec.params import active, count
 from brigade.spec.work import PRECISIONS, Facts, Precision, facts
+
+RUN = frozenset(("deepseek_v3", "kimi_k2", "llama", "qwen2"))
+"""Model types that the loader reads: Kimi-K2's checkpoints name DeepSeek-V3's architecture."""
 
 
 class BadModel(ValueError):
@@ -35,6 +38,10 @@ class Model:
     window: int = 0
     windowed: float = 0.0
     """Share of layers that look back `window` positions only."""
+    runs: bool = False
+    """Brigade itself serves this architecture."""
+    folder: str = ""
+    """Where its config.json was read; empty: shipped with the planner."""
 
     def facts(self, precision: Precision) -> Facts:
         return facts(self.spec, precision, self.window, self.windowed)
@@ -42,7 +49,7 @@ class Model:
     @property
     def found_by(self) -> str:
         """What find_model finds it by."""
-        return self.source.removesuffix("/config.json") if self.source.endswith("/config.json") else self.name
+        return self.folder or self.name
 
     @property
     def n_experts(self) -> int:
@@ -61,7 +68,8 @@ def known() -> dict[str, Model]:
     text = (resources.files("brigade.plan") / "data/models.json").read_text(encoding="utf-8")
     out: dict[str, Model] = {}
     for entry in json.loads(text):
-        model = _model(entry["config"], entry["name"], entry["precision"], entry["source"])
+        runs = entry["config"]["model_type"] in RUN
+        model = replace(_model(entry["config"], entry["name"], entry["precision"], entry["source"]), runs=runs)
         out |= dict.fromkeys((entry["name"], *entry["also"]), model)
     return out
 
@@ -84,12 +92,14 @@ def find_model(name: str) -> Model:
 
 
 def _local(folder: Path) -> Model:
+    where, at = str(folder / "config.json"), str(folder.absolute())
     try:
         spec = read_spec(folder)
     except BadConfig:
         config = read_json(folder / "config.json")
-        return _model(config, folder.name or str(folder), _stored(config), str(folder / "config.json"))
-    return Model(folder.name or str(folder), spec, "fp8" if spec.block_scale else "bf16", str(folder / "config.json"))
+        return replace(_model(config, folder.name or str(folder), _stored(config), where), folder=at)
+    stored = "fp8" if spec.block_scale else "bf16"
+    return Model(folder.name or str(folder), spec, stored, where, runs=True, folder=at)
 
 
 def _stored(config: dict[str, Any]) -> str:
@@ -196,8 +206,6 @@ def _check(where: str, a: Mla | Gqa, moe: Moe | None) -> None:
 
 def precision_of(name: str, kv: str = "") -> Precision:
     """A deployment's precision by the name of its weights, with another type for the cache if given."""
-    from dataclasses import replace
-
     if name not in PRECISIONS:
         raise BadModel(
             f"precision '{name}' is not known; the nearest is {get_close_matches(name, PRECISIONS, 1, 0.0)[0]}"

@@ -20,7 +20,7 @@ def as_data(a: Answer, c: Calibration) -> dict[str, Any]:
             "servers": [[s.n, s.per_node, s.device.name] for s in q.fleets], "users": q.users,
             "input": q.n_in, "output": q.n_out, "hit_rate": q.hit, "tpot_s": q.slo.tpot, "ttft_s": q.slo.ttft,
             "precision": q.precision_name, "kv": q.precision.kv, "engine": q.engine, "draft": q.can_draft,
-            "balanced": q.loads.balanced, "night": q.night,
+            "balanced": q.loads.balanced, "loads": bool(q.loads.loads.counts), "night": q.night,
         },
         "sentence": str(a.sentence),
         "recommended": a.recommended is not None,
@@ -49,7 +49,9 @@ def option_data(o: Option) -> dict[str, Any]:
         "output_tok_s_card_full_80": o.tokens_range, "in_flight": o.served.in_flight,
         "ttft_s": dict(zip(("p50", "p90", "p99"), o.ttft, strict=True)),
         "tpot_s": dict(zip(("p50", "p90", "p99"), o.tpot, strict=True)),
-        "usd_per_million_output": o.cost, "kilowatts": o.kilowatts,
+        "ttft_factor_80": o.ttft_factor, "tpot_factor_80": o.tpot_factor,
+        "usd_per_million_output": o.cost,
+        "usd_per_million_output_80": None if o.cost is None else o.cost_range, "kilowatts": o.kilowatts,
         "units": [
             {"role": u.role, "count": k, "device": u.pool.device.name, "nodes": u.nodes, "grid": asdict(u.grid),
              "draft": u.pool.setup.draft, "users": u.users, "requests_s": u.rate, "tpot_s": u.tpot, "limit": u.limit}

@@ -15,6 +15,11 @@ def round_up(most: float) -> float:
     return next(4 * unit * x for x in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10) if 4 * unit * x >= most)
 
 
+def tick(value: float) -> str:
+    """A number of an axis: thousands in full, never with an exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 class Plot:
     """Axes and marks of one SVG, 720 x 320."""
 
@@ -26,8 +31,8 @@ class Plot:
         for i in range(5):
             x, y = self.x_most * i / 4, self.y_most * i / 4
             self.out.append(f'<path d="M{self.x(0):.1f} {self.y(y):.1f}H{self.x(self.x_most):.1f}" stroke="#e4e4e4"/>')
-            self.text(self.LEFT - 6, self.y(y) + 4, f"{y:,.4g}", "end")
-            self.text(self.x(x), self.HEIGHT - self.BOTTOM + 16, f"{x:,.4g}", "middle")
+            self.text(self.LEFT - 6, self.y(y) + 4, tick(y), "end")
+            self.text(self.x(x), self.HEIGHT - self.BOTTOM + 16, tick(x), "middle")
         self.text((self.WIDTH + self.LEFT) / 2, self.HEIGHT - 8, x_name, "middle")
         self.out.append(
             f'<text transform="translate(14 {self.HEIGHT / 2}) rotate(-90)" text-anchor="middle">'

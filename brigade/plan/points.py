@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from brigade.plan.benched import is_bench, with_bench
 from brigade.plan.case import SD, BadPoints, Case
 from brigade.plan.described import batch_of, device_of, engine_of, grid_of, model_name, number, precision_from, setup_of
 from brigade.plan.memory import memory
@@ -68,12 +69,18 @@ def read_points(path: Path) -> list[Case]:
         raise BadPoints(f"{path}: cannot be read ({e.strerror})") from e
     except BadPoints as e:
         raise BadPoints(f"{path}: {e}") from e
-    except (ValueError, KeyError, TypeError, ArithmeticError) as e:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as e:
         raise BadPoints(f"{path}: cannot be understood ({e}); give JSON with 'points', or InferenceX's CSV") from e
+    if is_bench(data):
+        raise BadPoints(
+            f"{path}: is what brigade bench measured, and does not say on what; name it as 'bench' in a point, see "
+            "docs/planning.md"
+        )
     points = data.get("points") if isinstance(data, dict) else None
     if not isinstance(points, list) or not points:
         raise BadPoints(f"{path}: key 'points' must be a list of measurements; see docs/planning.md")
-    return _some([case for p in points for case in cases_of(p, str(path))])
+    whole = (with_bench(p, path) if isinstance(p, Mapping) and "bench" in p else p for p in points)
+    return _some([case for p in whole for case in cases_of(p, str(path))])
 
 
 def _some(cases: list[Case]) -> list[Case]:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from brigade.spec.device import Device, find_device
 
-_NUMBER = r"([0-9]{1,12}(?:\.[0-9]{1,12})?)"
+_NUMBER = r"((?:[0-9]{1,12})(?:\.[0-9]{1,12})?|\.[0-9]{1,12})"
 _SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _MULTIPLE = {"": 1, "k": 1000, "ki": 1024, "m": 1_000_000}
 MOST_SERVERS, MOST_CARDS = 4096, 1024
+MOST_KINDS = 6
+"""Kinds of servers in one question: each pair of them is tried for clusters over both."""
 
 
 class BadQuantity(ValueError):
@@ -91,18 +93,25 @@ def _short(text: str) -> str:
 
 
 def servers(text: str, extra: Iterable[Device] = ()) -> tuple[Servers, ...]:
-    """ "22 x 8 x H800" or several joined by "+". Raises BadQuantity and BadDevice."""
-    out = []
+    """ "22 x 8 x H800" or several joined by "+"; equal ones are added up. Raises BadQuantity and BadDevice."""
+    extra = tuple(extra)
+    out: dict[tuple[int, Device], int] = {}
     for part in re.split(r"\s*\+\s*", text.strip()):
         match = re.fullmatch(r"([0-9]{1,9})\s*[x×*]\s*([0-9]{1,9})\s*[x×*]\s*(\S.*)", part.strip(), re.IGNORECASE)
         if match is None:
+            where = f"'{_short(part)}'" if part.strip() else f"'{_short(text)}': a part is empty"
             raise BadQuantity(
-                f"--servers '{_short(part)}': write servers x cards x device, like '22 x 8 x H800', kinds joined by +"
+                f"--servers {where}: write servers x cards x device, like '22 x 8 x H800', kinds joined by +"
             )
         n, per_node = int(match[1]), int(match[2])
-        if not 1 <= n <= MOST_SERVERS:
-            raise BadQuantity(f"--servers '{_short(part)}': must be 1 to {MOST_SERVERS} servers")
         if not 1 <= per_node <= MOST_CARDS:
             raise BadQuantity(f"--servers '{_short(part)}': must be 1 to {MOST_CARDS} cards in a server")
-        out.append(Servers(n, per_node, find_device(match[3], extra)))
-    return tuple(out)
+        kind = per_node, find_device(match[3], extra)
+        out[kind] = out.get(kind, 0) + n
+        if not 1 <= n <= out[kind] <= MOST_SERVERS:
+            raise BadQuantity(f"--servers '{_short(part)}': must be 1 to {MOST_SERVERS} servers")
+        if len(out) > MOST_KINDS:
+            raise BadQuantity(
+                f"--servers '{_short(text)}': must be at most {MOST_KINDS} kinds of servers; ask for some"
+            )
+    return tuple(Servers(n, per_node, device) for (per_node, device), n in out.items())

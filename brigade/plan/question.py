@@ -70,6 +70,10 @@ class Option:
     tokens_per_node: float
     tokens_range: tuple[float, float]
     """80 % interval of tokens_per_gpu at full use."""
+    ttft_factor: float
+    """80 % interval of each time to first token: the value divided and multiplied by this."""
+    tpot_factor: float
+    """The same of times per token."""
     ttft: tuple[float, float, float]
     """p50, p90, p99 in seconds."""
     tpot: tuple[float, float, float]
@@ -78,6 +82,15 @@ class Option:
     kilowatts: float
     limit: str
     why: Say
+
+    @property
+    def cost_range(self) -> tuple[float, float]:
+        """80 % interval of the cost, as wide as the throughput's. Raises ValueError where there is no price."""
+        if self.cost is None:
+            raise ValueError("no price is known")
+        low, high = self.tokens_range
+        half = (high / low) ** 0.5
+        return self.cost / half, self.cost * half
 
     @property
     def n_gpus(self) -> int:

@@ -158,6 +158,13 @@ class Calibration:
         known = self.knows(engine, hardware, phase)
         return self.spread.get(f"{phase}/{known}", {"engine+hardware": 0.2, "engine": 0.3, "nothing": 0.45}[known])
 
+    def ttft_half_width(self, engine: str, hardware: str, apart: bool) -> float:
+        """The same of time to first token, on mixed units or (apart) with prefill units."""
+        known = "engine" if engine in self.factors else "nothing"
+        if ttft_name(engine, hardware, apart) in self.factors:
+            known = "engine+hardware"
+        return self.spread.get(f"ttft/{known}", 0.9)
+
 
 def average(phase: str) -> str:
     return f"*/*/{phase}"

@@ -1,9 +1,9 @@
 """What is said about an answer: names, reasons, the turning point, notes and assumptions. Decides nothing."""
 
 from collections.abc import Mapping
-from math import ceil, exp
+from math import ceil, exp, inf
 
-from brigade.plan.memory import memory
+from brigade.plan.memory import kept_bytes, memory
 from brigade.plan.night import night_of
 from brigade.plan.question import Option, Question
 from brigade.plan.rates import Calibration
@@ -76,7 +76,7 @@ def sentence(q: Question, best: Option | None, options: list[Option]) -> Say:
         most = max(options, key=lambda o: o.most_users)
         return say(
             "These servers cannot keep the promise for {users:,} users; the nearest is {most:,.0f} users on {name}, "
-            "and about {nodes} nodes would serve all.",
+            "and about {nodes:,} nodes would serve all.",
             users=q.users, most=most.most_users, name=most.name,
             nodes=ceil(most.layout.nodes * q.users / most.most_users),
         )  # fmt: skip
@@ -134,11 +134,29 @@ def crossover(found: Found) -> Say:
         return say("a single box cannot hold the model and its requests, so every size needs a unit over nodes")
     if not any("cluster" in row for _, row in curve):
         return say("no cluster of these servers keeps the promise")
-    wins = [users for users, row in curve if row.get("cluster", 1e9) < row.get("boxes", 1e9)]
-    if not wins:
+    both = [(users, row) for users, row in curve if "boxes" in row or "cluster" in row]
+    wins = [row.get("cluster", inf) < row.get("boxes", inf) for _, row in both]
+    if not any(wins):
         return say("boxes need no more nodes than a cluster at any number of users that these servers reach")
-    below = max((users for users, _ in curve if users < min(wins)), default=0)
-    return say("below {below:,} concurrent users boxes need no more nodes; above, the cluster needs fewer", below=below)
+    first, last = wins.index(True), len(wins) - 1
+    while last >= 0 and wins[last]:
+        last -= 1
+    below = both[first - 1][0] if first else 0
+    if last < first:
+        return say(
+            "below {below:,} concurrent users boxes need no more nodes; above, the cluster needs fewer", below=below
+        )
+    if last == len(wins) - 1:
+        return say(
+            "below {below:,} concurrent users boxes need no more nodes; above, sometimes the cluster needs fewer: "
+            "units are whole",
+            below=below,
+        )
+    return say(
+        "below {below:,} concurrent users boxes need no more nodes; above {above:,}, the cluster needs fewer; between, "
+        "sometimes one, sometimes the other: units are whole",
+        below=below, above=both[last][0],
+    )  # fmt: skip
 
 
 def notes(q: Question, best: Option, c: Calibration, beside: float) -> tuple[Say, ...]:
@@ -213,8 +231,8 @@ def assumptions(q: Question, beside: float) -> tuple[Say, ...]:
         say("users: requests in the system at once, each followed at once by the next; lengths as given, all alike"),
         say("promises hold at p90; time per token varies by 4 % (lengths) and by the prefills met on mixed units"),
         say(
-            "weights {weights}, cache {kv}; 10 % of memory and 6 GB kept free on each card",
-            weights=q.precision_name, kv=q.precision.kv,
+            "weights {weights}, cache {kv}; 10 % of memory and {kept:g} GB kept free on each card",
+            weights=q.precision_name, kv=q.precision.kv, kept=kept_bytes(q.fleets[0].device) / 1e9,
         ),
         say("prefill units run at {load:.0f} % of their capacity at most", load=100 * DESIGN_LOAD),
         say("power: data-sheet watts of the cards and {beside:.0f} % for the rest", beside=100 * beside),

@@ -18,7 +18,7 @@ from brigade.plan.rates import Calibration
 from brigade.plan.serving import Workload
 from brigade.plan.step import PLAIN, Setup
 from brigade.plan.units import Slo, Unit, Units, units_of
-from brigade.spec.work import Facts
+from brigade.spec.work import Facts, Grid
 
 FAMILIES = ("boxes", "wide mixed", "cluster", "two kinds", "pipeline")
 
@@ -80,9 +80,10 @@ def search(
     can_draft: bool,
     loads: Setup = PLAIN,
     families: tuple[str, ...] = FAMILIES,
+    wanted: Callable[[Grid], bool] = lambda _: True,
 ) -> Found:
-    """The Pareto front of every family over all nodes of one kind of servers."""
-    units = units_of(f, fleet, engine, c, w, slo, can_draft, loads, families)
+    """The Pareto front of every family over all nodes of one kind of servers, of units whose grids are wanted."""
+    units = units_of(f, fleet, engine, c, w, slo, can_draft, loads, families, wanted)
     layouts: list[Layout] = []
     n_considered = 0
     for only in (plain(units), units) if "pipeline" in families else (plain(units),):

@@ -207,18 +207,18 @@ def mixed(
 
 
 def disaggregated(
-    prefill: Pool, decode: Pool, c: Calibration, w: Workload, cap: float = 0.0, hand_over: float | None = None
+    prefill: Pool, decode: Pool, c: Calibration, w: Workload, cap: float = 0.0, busy: float | None = None
 ) -> Served:
     """Prefill units hand their caches to decode units. `cap`: requests a decode replica holds; 0: by its memory.
-    `hand_over`: bytes/s of one transfer; None: the NIC's."""
+    `busy`: seconds of a prefill replica for each prompt under load; None: what one takes alone."""
     r = c.rates
     pre, pre_step = prefill_time(prefill, c, w)
-    busy = occupied(prefill, pre, w)
+    busy = occupied(prefill, pre, w) if busy is None else busy
     servers = float(prefill.replicas)
     full = servers / busy  # prompts per second
     room = max(1e-3, cap or decode.capacity(w.context))
     per = tokens_per_step(decode.setup.draft, accept_of(decode.setup, r))
-    link = hand_over or min(prefill.device.nic, decode.device.nic) * r.out
+    link = min(prefill.device.nic, decode.device.nic) * r.out
     send = r.transfer * w.n_in * decode.f.kv_bytes / link / prefill.grid.tp
     late = c.ttft_factor(prefill.engine, prefill.device.name, apart=True) * gathering(prefill, c)
     base = (r.ttft_ms * 1e-3 + r.alone_apart * pre + send) * late
@@ -245,11 +245,13 @@ def disaggregated(
 
 
 class Curve:
-    """Decode steps of a replica between samples: exact at the samples, linear between (steps are nearly so)."""
+    """Decode steps of a replica between samples up to `high` (more than 0): exact at the samples, linear between, which
+    steps nearly are. Where they are not, an operating point is found by adding samples at it."""
 
     def __init__(self, steps: StepOf, high: float) -> None:
         self.at = [high * x for x in (1 / 512, 1 / 128, 1 / 32, 1 / 12, 1 / 5, 0.45, 1.0)]
         self.steps = [steps(b) for b in self.at]
+        self.exact = steps
 
     def __call__(self, batch: float) -> Step:
         i = min(bisect_right(self.at, batch), len(self.at) - 1)
@@ -260,6 +262,16 @@ class Curve:
         share = (batch - self.at[j]) / (self.at[i] - self.at[j])
         low = self.steps[j].seconds
         return step._replace(seconds=low + max(0.0, share) * (step.seconds - low))
+
+    def is_exact_at(self, batch: float, within: float = 1e-3) -> bool:
+        """Whether the curve was right at a batch, as a share of the step; it is from now on."""
+        step = self.exact(batch)
+        before = self(batch).seconds
+        i = bisect_right(self.at, batch)
+        if batch not in self.at:
+            self.at.insert(i, batch)
+            self.steps.insert(i, step)
+        return abs(before / step.seconds - 1) <= within
 
 
 def largest(ok: Callable[[float], bool], high: float) -> float:

@@ -25,6 +25,9 @@ LENT = 20 / 132
 """Share of the processors that normal dispatch kernels hold while they run beside computing (DeepSeek-V3, 3.2.2)."""
 REFERENCE = 989e12
 """BF16 peak of the device whose shares `Rates` are. It stands for a device's size: not all have an FP8 unit."""
+SMALLEST = 147e12
+"""BF16 peak of the smallest device whose own products were fitted (RTX 4090D). Below it, shares that go on growing
+would pass 1, so they end there."""
 EVEN = LoadStatistics(spread=0.0, drift=0.0)
 SAMPLED = LoadStatistics()
 
@@ -83,14 +86,6 @@ class Step(NamedTuple):
     phi: float
     """Busiest rank over mean."""
     terms: tuple[Term, ...]
-
-    @property
-    def binding(self) -> str:
-        """What limits the step: the largest of its bounds."""
-        total: dict[str, float] = {}
-        for term in self.terms:
-            total[term.bound] = total.get(term.bound, 0.0) + term.seconds
-        return max(total, key=lambda k: total[k])
 
 
 def tokens_per_step(draft: int, accept: float) -> float:
@@ -206,7 +201,10 @@ def _serial(
             memory = on.hbm_rate * rates.host_memory
         else:
             memory = on.hbm_rate * (rates.memory if op.balanced else rates.stream)
-        products = op.flops / (on.rate(op.precision) * share * (on.bf16 / REFERENCE) ** -rates.falloff)
+        reached = share * (on.bf16 / REFERENCE) ** -rates.falloff
+        if on is device and on.bf16 < SMALLEST:
+            reached = min(1.0, reached)
+        products = op.flops / (on.rate(op.precision) * reached)
         if not op.balanced:
             products *= 1 + rates.tile / op.rows
         if op.name == "small kernels":

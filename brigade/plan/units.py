@@ -6,7 +6,7 @@ keep the time to first token at the planned load.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, log
@@ -22,7 +22,6 @@ from brigade.plan.serving import (
     Curve,
     Pool,
     Served,
-    StepOf,
     Workload,
     accept_of,
     gated,
@@ -42,8 +41,12 @@ MOST_BATCH = 1024.0
 """Requests of a replica in one step at most: no engine goes further."""
 BATCHED = 4096
 """Tokens that short prompts are gathered to in one prefill step under load."""
+MOST_TOGETHER = 64
+"""Prompts of one such step at most: a common bound of requests that run at once."""
 FEWER = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
 """Shares of the largest batch at which a decode unit is known, for layouts whose prefill units bind."""
+REFINED = 4
+"""Times an operating point is looked for again with its own step added to the curve of steps."""
 TAIL = 1 + P90 * LENGTHS
 """p90 over mean of the time per token where prefills do not interfere."""
 
@@ -175,7 +178,15 @@ def floor_tpot(f: Facts, fleet: Servers, w: Workload, can_draft: bool) -> float:
     return best
 
 
-def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: StepOf) -> Unit | None:
+def floor_ttft(f: Facts, fleet: Servers, w: Workload, c: Calibration) -> float:
+    """Seconds to the first token that no layout of these servers can beat: one prompt at peak rates, or the share of
+    its time that engines were found to take to the first token."""
+    peak = Calibration(peak_rates())
+    pools = (Pool(f, grid, fleet.device, Setup(perfect=True)) for _, grid in grids(f, fleet))
+    return min(1.0, c.rates.alone) * min((prefill_time(pool, peak, w)[0] for pool in pools), default=float("inf"))
+
+
+def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: Curve) -> Unit | None:
     """The largest batch within the promise, or None where not even one request is."""
     room = min(pool.capacity(w.context), MOST_BATCH)
     per = tokens_per_step(pool.setup.draft, accept_of(pool.setup, c.rates))
@@ -184,7 +195,14 @@ def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo,
     def tpot(batch: float) -> float:
         return steps(batch).seconds * factor
 
-    batch = largest(lambda b: tpot(b) * TAIL <= slo.tpot, room)
+    def most() -> float:
+        return largest(lambda b: tpot(b) * TAIL <= slo.tpot, room)
+
+    batch = most()
+    for _ in range(REFINED):
+        if steps.is_exact_at(batch):
+            break
+        batch = most()
     if batch * pool.grid.dp < 1:
         return None
     t, dp = tpot(batch), pool.grid.dp
@@ -194,32 +212,43 @@ def decode_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo,
     return Unit("decode", nodes, pool, users, users / (w.n_out * t), t, 0.0, limit, below)
 
 
-def prefill_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo) -> Unit | None:
-    """Prompts per second at the planned load, or None where one prompt alone takes too long."""
+def first_token(pool: Pool, c: Calibration, w: Workload) -> tuple[float, float]:
+    """Seconds to the first token on a prefill unit at the planned load: mean and p90."""
     alone, _ = prefill_time(pool, c, w)
     transfer = c.rates.transfer * w.n_in * pool.f.kv_bytes / (pool.device.nic * c.rates.out) / pool.grid.tp
     late = c.ttft_factor(pool.engine, pool.device.name, apart=True) * gathering(pool, c)
     base = (c.rates.ttft_ms * 1e-3 + c.rates.alone_apart * alone + transfer) * late
     wait = c.rates.waiting * occupied(pool, alone, w) / pool.grid.dp * DESIGN_LOAD / (2 * (1 - DESIGN_LOAD))
-    ttft = base + wait
     # the longest of ten: the end of the gate, and the queue's tail
-    p90 = base + 0.8 * gated(base, pool, c) + wait / DESIGN_LOAD * log(DESIGN_LOAD / 0.1)
-    if p90 > slo.ttft or memory(pool.f, pool.grid, pool.device).tokens < min(CHUNK, w.n_in):
-        return None
-    together = max(1, round(BATCHED / w.computed))
+    return base + wait, base + 0.8 * gated(base, pool, c) + wait / DESIGN_LOAD * log(DESIGN_LOAD / 0.1)
+
+
+def gathered(pool: Pool, c: Calibration, w: Workload) -> float:
+    """Seconds that a replica is busy with each prompt under load, when short ones are computed in one step."""
+    together = max(1, min(MOST_TOGETHER, round(BATCHED / w.computed)))
     tokens = w.computed * together
-    if tokens <= CHUNK:
-        step = prefill_step(
-            pool.f, pool.grid, pool.device, c.rates, tokens, w.computed, w.n_in - w.computed, pool.setup
-        )
-        busy = step.seconds * pool.factor(c, "prefill") / together / pool.grid.pp
-    else:
-        busy = occupied(pool, alone, w)
+    if tokens > CHUNK:
+        return occupied(pool, prefill_time(pool, c, w)[0], w)
+    step = prefill_step(pool.f, pool.grid, pool.device, c.rates, tokens, w.computed, w.n_in - w.computed, pool.setup)
+    return step.seconds * pool.factor(c, "prefill") / together / pool.grid.pp
+
+
+def computes(pool: Pool, w: Workload) -> bool:
+    """Whether a prefill unit has room for a prompt, or for a chunk of it."""
+    return memory(pool.f, pool.grid, pool.device).tokens >= min(CHUNK, w.n_in)
+
+
+def prefill_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo) -> Unit | None:
+    """Prompts per second at the planned load, or None where one prompt alone takes too long."""
+    ttft, p90 = first_token(pool, c, w)
+    if p90 > slo.ttft or not computes(pool, w):
+        return None
+    busy = gathered(pool, c, w)
     rate = DESIGN_LOAD * pool.grid.dp / busy
     return Unit("prefill", nodes, pool, 0.0, rate, 0.0, ttft, "ttft")
 
 
-def mixed_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: StepOf) -> Unit | None:
+def mixed_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, steps: Curve) -> Unit | None:
     """The most users of a unit that does both within the promise."""
     dp = pool.grid.dp
     room = min(pool.capacity(w.context), MOST_BATCH)
@@ -237,9 +266,14 @@ def mixed_unit(pool: Pool, nodes: float, c: Calibration, w: Workload, slo: Slo, 
         return s.tpot_quantile(P90) <= slo.tpot and s.ttft_quantile(0.9) <= slo.ttft and s.load <= DESIGN_LOAD
 
     users = largest(ok, room * dp)
+    s = at(users)
+    for _ in range(REFINED):
+        if steps.is_exact_at(s.running):
+            break
+        users = largest(ok, room * dp)
+        s = at(users)
     if users < 1:
         return None
-    s = at(users)
     limit = _limit_of(s, users, room * dp, slo)
     return Unit("mixed", nodes, pool, users, s.rate, s.tpot, s.ttft, limit)
 
@@ -263,8 +297,9 @@ def units_of(
     can_draft: bool,
     loads: Setup,
     families: tuple[str, ...],
+    wanted: Callable[[Grid], bool] = lambda _: True,
 ) -> Units:
-    """All units of these servers that keep the promise."""
+    """All units of these servers that keep the promise, of the grids that are wanted."""
     c = steady(c)
     decode: list[Unit] = []
     prefill: list[Unit] = []
@@ -272,11 +307,16 @@ def units_of(
     n_memory = n_bound = n_pools = 0
     best: dict[str, float] = {}
     for nodes, grid in grids(f, fleet):
+        if not wanted(grid):
+            continue
         if memory(f, grid, fleet.device).tokens < w.context:
             n_memory += 1
             continue
         for setup in setups(f, can_draft, loads):
             pool = Pool(f, grid, fleet.device, setup, engine)
+            if pool.capacity(w.context) < 1:  # a layer that drafts takes memory too
+                n_memory += 1
+                continue
             n_pools += 1
             steps = Curve(step_of(pool, c, w.context), min(pool.capacity(w.context), MOST_BATCH))
             if nodes == 1 or "wide mixed" in families:

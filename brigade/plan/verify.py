@@ -64,27 +64,36 @@ def histogram_quantile(found: Mapping[tuple[str, str], float], name: str, q: flo
     return start
 
 
-def verify(plan: Mapping[str, Any], metrics: str) -> list[Checked]:
+def verify(plan: Any, metrics: str) -> list[Checked]:
     """Lines for the first option of a plan (the output of --json). Raises BadMetrics."""
-    try:
-        option = plan["options"][0]
-        low, high = option["output_tok_s_card_full_80"]
-        half = (high / low) ** 0.5
-        tpot, ttft, hit = option["tpot_s"], option["ttft_s"], float(plan["question"]["hit_rate"])
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as e:
-        raise BadMetrics(f"the plan lacks {e}; write it with brigade plan --json") from e
     found = samples(metrics)
     out = []
-    for what, name, values, slack in (
-        ("time per token", "brigade_time_per_output_token_seconds", tpot, half),
-        ("time to first token", "brigade_time_to_first_token_seconds", ttft, half * half),
+    for what, key, name in (
+        ("time per token", "tpot", "brigade_time_per_output_token_seconds"),
+        ("time to first token", "ttft", "brigade_time_to_first_token_seconds"),
     ):
+        slack = _number(plan, "options", 0, f"{key}_factor_80")
         for label, q in ("p50", 0.5), ("p90", 0.9):
+            value = _number(plan, "options", 0, f"{key}_s", label)
             measured = histogram_quantile(found, name, q)
-            value = float(values[label])
             out.append(Checked(f"{what} {label}, s", value, measured, value / slack, value * slack))
+    hit = _number(plan, "question", "hit_rate", least=0.0)
     prompt = sum(v for (n, _), v in found.items() if n == "brigade_prompt_tokens_total")
     cached = sum(v for (n, _), v in found.items() if n == "brigade_cached_prompt_tokens_total")
     if prompt:
         out.append(Checked("prefix cache hit rate", hit, cached / prompt, hit - 0.1, hit + 0.1))
     return out
+
+
+def _number(plan: Any, *path: str | int, least: float = 1e-12) -> float:
+    """A finite number of at least `least` in a plan. Raises BadMetrics."""
+    value = plan
+    try:
+        for key in path:
+            value = value[key]
+    except (KeyError, IndexError, TypeError):
+        value = None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e12:
+        where = ".".join(map(str, path))
+        raise BadMetrics(f"the plan lacks {where}, or it is no such number; write it with brigade plan --json")
+    return float(value)

@@ -6,10 +6,13 @@ planner widens its interval for it.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 TERA, GIGA = 1e12, 1e9
+MOST_NAME_CHARS = 60
+LEAST, MOST = 1e-3, 1e6
+"""Of the numbers of a device that a user describes, in the units people write."""
 
 SOURCES = {
     "a": "aiconfigurator-core 0.12.0, systems/*.yaml (PyPI wheel, Apache-2.0)",
@@ -27,6 +30,7 @@ SOURCES = {
     "p": "llm-d-planner 0.3.3 gpu_catalog.json (list prices)",
     "t": "KTransformers V3-success.md",
     "r": "AMD, win on TCO (2026-05-27)",
+    "u": "the file given with --device",
     "v": "vendor data sheet, quoted from memory",
 }
 
@@ -163,10 +167,11 @@ def find_device(name: str, extra: Iterable[Device] = ()) -> Device:
     found = by_key.get(_key(name))
     if found is not None:
         return found
-    near = get_close_matches(_key(name), by_key, 1, 0.0)
+    near = get_close_matches(_key(name)[:MOST_NAME_CHARS], by_key, 1, 0.0)
     known = ", ".join(sorted({d.name for d in by_key.values()}))
+    shown = name if len(name) <= MOST_NAME_CHARS else f"{name[:MOST_NAME_CHARS]}..."
     raise BadDevice(
-        f"device '{name}' is not known; the nearest is {by_key[near[0]].name} "
+        f"device '{shown}' is not known; the nearest is {by_key[near[0]].name} "
         f"(known: {known}; describe another with --device my.yaml)"
     )
 
@@ -186,6 +191,8 @@ _FIELD = {
 def device_from(given: Mapping[str, object], where: str) -> Device:
     """A device as a user describes it, complete or as changes to a known one (`like: H800`). Raises BadDevice.
 
+    What is neither given nor taken from a known one (FP8 as BF16, 8 in a domain, 700 W) is marked as weak.
+
     Keys: name, like, bf16_tflops, fp8_tflops, fp4_tflops, int8_tops, hbm_gb, hbm_tbs, scale_up_gbs, nic_gbs, domain,
     price_per_hour, watts.
     """
@@ -193,26 +200,42 @@ def device_from(given: Mapping[str, object], where: str) -> Device:
     name, like = left.pop("name", None), left.pop("like", None)
     if not isinstance(name, str) or not name:
         raise BadDevice(f"{where}: key 'name' is missing; give the device a name")
+    if not _key(name) or not name.isprintable() or "+" in name or len(name) > MOST_NAME_CHARS:
+        raise BadDevice(
+            f"{where}: key 'name' must be letters, digits and blanks, at most {MOST_NAME_CHARS}, without '+'"
+        )
     if like is not None and not isinstance(like, str):
         raise BadDevice(f"{where}: key 'like' must name a known device")
-    base = find_device(like) if like else None
+    try:
+        base = find_device(like) if like else None
+    except BadDevice as e:
+        raise BadDevice(f"{where}: key 'like': {e}") from e
     values: dict[str, float] = {}
     for key, value in left.items():
         if key not in _FIELD:
             near = get_close_matches(key, _FIELD, 1, 0.0)[0]
             raise BadDevice(f"{where}: key '{key}' is not known; the nearest is '{near}'")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
-            raise BadDevice(f"{where}: key '{key}' must be a positive number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not LEAST <= value <= MOST:
+            raise BadDevice(
+                f"{where}: key '{key}' must be a positive number from {LEAST:g} to {MOST:,.0f}, not {value!r}"
+            )
+        if key == "domain" and value != int(value):
+            raise BadDevice(f"{where}: key 'domain' must be a whole number of accelerators, not {value!r}")
         values[_FIELD[key]] = value * _UNITS.get(key, 1.0)
     if base is not None:
-        return replace(base, name=name, sources="", weak=base.weak - set(values), **values)  # type: ignore[arg-type]
+        changed = {"sources": base.sources + "u", "weak": base.weak - set(values), **_whole(values)}
+        return replace(base, name=name, **changed)  # type: ignore[arg-type]
     must = {"bf16", "hbm", "hbm_rate", "scale_up", "nic"}
     if missing := sorted(must - set(values)):
         keys = [next(k for k, f in _FIELD.items() if f == m) for m in missing]
         raise BadDevice(f"{where}: {', '.join(keys)} missing; give them, or start from a known device with 'like'")
+    guessed = frozenset({"fp8", "domain", "watts"} - set(values))  # said as weak, so that nobody takes them for facts
     values.setdefault("fp8", values["bf16"])
-    known = {f.name for f in fields(Device)}
-    return Device(name=name, **{k: v for k, v in values.items() if k in known})  # type: ignore[arg-type]
+    return Device(name=name, sources="u", weak=guessed, **_whole(values))  # type: ignore[arg-type]
+
+
+def _whole(values: Mapping[str, float]) -> dict[str, float]:
+    return {k: int(v) if k == "domain" else v for k, v in values.items()}
 
 
 def _key(name: str) -> str:

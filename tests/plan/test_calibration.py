@@ -1,11 +1,12 @@
 """The committed calibration: it is what the script writes, and it keeps the ratios that were measured."""
 
 import json
+from copy import deepcopy
 from importlib import resources
 
 import pytest
 
-from brigade.plan.calibrate import quantile, shrunk
+from brigade.plan.calibrate import far_from, quantile, shrunk
 from brigade.plan.case import BadPoints
 from brigade.plan.fit import cholesky_solve, problem, residual, solve_step
 from brigade.plan.points import cases_of, kept_aside, not_predicted, shipped_points, shipped_rows
@@ -22,6 +23,19 @@ def test_the_residuals_in_the_file_are_those_of_its_rates() -> None:
     for case, line in zip(cases, DATA["residuals"], strict=True):
         assert (case.name, case.metric) == (line["case"], line["metric"])
         assert residual(case, C) == pytest.approx(line["fitted"], abs=0.02)
+
+
+def test_the_check_compares_every_number_of_the_file() -> None:
+    assert far_from(DATA, DATA) == []
+    for path in (("rates", "memory"), ("factors", "sglang"), ("spread", "decode/engine"), ("residuals", 7, "engine"),
+                 ("summary", "wide-EP decode", "fitted")):  # fmt: skip
+        other = deepcopy(DATA)
+        at = other
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] += 0.03
+        assert far_from(DATA, other) == [".".join(map(str, path))]
+    assert far_from(DATA, {**DATA, "residuals": DATA["residuals"][1:]}) == ["residuals"]
 
 
 def test_no_rate_is_further_from_its_prior_than_four_standard_deviations() -> None:

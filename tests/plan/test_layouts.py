@@ -1,6 +1,7 @@
 """Layouts beyond one kind of box: pipelines, two kinds of servers, units that sleep at night, what Brigade runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from brigade.plan.arrivals import read_trace
 from brigade.plan.ask import answer
 from brigade.plan.models import find_model
 from brigade.plan.night import night_of
+from brigade.plan.plots import Plot
 from brigade.plan.quantity import servers
 from brigade.plan.question import Answer, Question
 from brigade.plan.rates import Rates, shipped
+from brigade.plan.reasons import crossover, crossover_curve
+from brigade.plan.search import search
 from brigade.plan.serving import Pool, Workload, occupied, prefill_time
 from brigade.plan.step import Setup, decode_step
 from brigade.plan.units import Slo
@@ -61,6 +65,25 @@ def test_a_pipeline_passes_through_all_layers_and_its_groups_take_turns() -> Non
     piped = decode_step(F, pipe, H800, Rates(), 32, 4096)
     assert alone.seconds < piped.seconds < 1.1 * alone.seconds
     assert {t.name for t in piped.terms} - {t.name for t in alone.terms} == {"stages"}
+
+
+@pytest.mark.parametrize(
+    ("model", "fleet"),
+    [("deepseek-v3", "8 x 8 x H200"), ("gpt-oss-120b", "8 x 8 x H200"), ("gpt-oss-120b", "8 x 8 x B200")],
+)
+def test_what_is_said_of_the_turning_point_holds_at_every_number_of_users(model: str, fleet: str) -> None:
+    m = find_model(model)
+    w = Workload(100, 4000, 1000)
+    found = search(m.facts(PRECISIONS[m.stored]), servers(fleet)[0], "", C, w, Slo(0.05, 2.0), m.spec.n_mtp > 0)
+    said = str(crossover(found))
+    numbers = [int(x.replace(",", "")) for x in re.findall(r"(?:below|above) ([\d,]*\d)", said)]
+    below, above = numbers if len(numbers) == 2 else numbers * 2 if numbers else (10**9, 10**9)
+    for users, row in crossover_curve(found):
+        boxes, cluster = row.get("boxes", 10**6), row.get("cluster", 10**6)
+        if users <= below:
+            assert boxes <= cluster, said
+        elif users > above and "sometimes the cluster" not in said and (boxes, cluster) != (10**6, 10**6):
+            assert cluster < boxes, said
 
 
 def test_pipeline_stages_work_on_chunks_at_once() -> None:
@@ -111,12 +134,35 @@ def test_the_file_that_is_written_is_of_an_option_that_brigade_runs(tmp_path: Pa
     assert deployment.units
 
 
+def test_what_is_assumed_is_what_is_counted(tmp_path: Path) -> None:
+    def assumed(*args: str) -> list[str]:
+        result = run("--users", "1", "--tpot", "1s", "--ttft", "60s", *args, "--json")
+        assert result.exit_code == 0, result.output
+        found: list[str] = json.loads(result.output)["assumptions"]
+        return found
+
+    host = assumed("--servers", "1 x 1 x Xeon-6980P", "--model", "r1-distill-qwen-7b")
+    assert any("10 % of memory and 1 GB kept free" in x for x in host)
+    card = assumed("--servers", "1 x 8 x H200", "--model", "r1-distill-qwen-7b")
+    assert any("10 % of memory and 6 GB kept free" in x for x in card)
+    sizes = {"hidden_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 8, "vocab_size": 32000}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], "intermediate_size": 4096, **sizes}))
+    own = assumed("--servers", "1 x 8 x H200", "--model", str(tmp_path))
+    assert any("read for its sizes alone" in x for x in own)
+
+
+def test_an_axis_has_no_exponents() -> None:
+    marks = re.findall(r'text-anchor="(?:end|middle)">([^<]*)<', Plot(9000.0, 2e6, "users", "tokens").svg())
+    assert "10,000" in marks
+    assert not [x for x in marks if "e+" in x]
+
+
 def test_what_brigade_cannot_run_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "deploy.yaml"
     dense = ("--model", "r1-distill-llama-70b", "--servers", "1 x 8 x L40S", "--tpot", "300ms", "--ttft", "20s")
     result = run(*dense, "--users", "1", "--out", str(path))
     assert result.exit_code == 2
-    assert "Brigade runs none of these options" in result.output
+    assert "nothing that it runs" in result.output
     assert not path.exists()
 
 
@@ -131,7 +177,8 @@ def test_json_has_every_term_with_its_formula_and_source() -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--engine", "sglnag"), "nobody measured it; the nearest is sglang"),
+        (("--engine", "sglnag"), "nobody measured it; the nearest is sglang (measured: "),
+        (("--engine", "vultr inference cookbook"), "nobody measured it"),
         (("--price", "abc"), "--price abc: must be a positive number of dollars"),
         (("--night-hours", "25"), "at most 24"),
         (("--input", "160k", "--output", "64k"), "has a context of 163,840; the nearest is --output"),
@@ -148,6 +195,33 @@ def test_wrong_words_get_one_line(args: tuple[str, ...], says: str) -> None:
     assert result.exit_code == 2, result.output
     assert len(result.output.strip().splitlines()) == 1
     assert says in result.output
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "says"),
+    [
+        (100, 256, "has 100 layers, and deepseek-v3 has 62"),
+        (4000, 256, "is longer than 62 layers"),
+        (2, 7, "256 counts"),
+    ],
+)
+def test_loads_of_another_size_are_one_line(layers: int, experts: int, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "loads.json"
+    path.write_text(json.dumps([[1] * experts] * layers))
+    result = run("--servers", "4 x 8 x H200", "--users", "60", "--loads", str(path))
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("rate", "says"), [("100000", "are not simulated, the nearest is --rate"), ("nan", "requests per second")]
+)
+def test_a_rate_that_no_option_could_serve_is_not_simulated(rate: str, says: str, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(run("--servers", "1 x 8 x H200", "--users", "40", "--json").output)
+    result = run("simulate", str(plan), "--trace", "shipped", "--rate", rate)
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

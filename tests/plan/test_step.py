@@ -6,9 +6,9 @@ import pytest
 
 from brigade.plan.balance import LoadStatistics, counted, imbalance
 from brigade.plan.models import find_model
-from brigade.plan.rates import Rates
+from brigade.plan.rates import Rates, shipped
 from brigade.plan.step import PLAIN, Setup, decode_step, prefill_step, tokens_per_step
-from brigade.spec.device import find_device
+from brigade.spec.device import DEVICES, Device, find_device
 from brigade.spec.work import BF16, FP8, Grid
 
 F = find_model("deepseek-v3").facts(FP8)
@@ -80,6 +80,24 @@ def test_faster_links_and_memory_never_slow_a_step() -> None:
     for name in "hbm_rate", "nic", "scale_up", "bf16":
         faster = replace(H800, **{name: 2 * getattr(H800, name)})
         assert decode_step(F, grid, faster, R, 64, 4096).seconds <= base
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda d: d.name)
+def test_no_product_and_no_read_is_faster_than_the_device(device: Device) -> None:
+    """With the fitted rates, whose shares grow as devices shrink. The share of the NIC was fitted at 1.004."""
+    grid = Grid(16, 8, 1, 16)
+    links = {"scale-up": device.scale_up, "scale-out": 1.005 * device.nic}
+    for step in (
+        decode_step(F, grid, device, shipped().rates, 64, 4096),
+        prefill_step(F, grid, device, shipped().rates, 4096, 4096),
+    ):
+        for term in step.terms:
+            if term.name in ("host", "small kernels"):
+                continue
+            least = (
+                term.op.wire / links[term.op.link] if term.op.link else term.op.flops / device.rate(term.op.precision)
+            )
+            assert term.seconds >= max(least, term.op.n_bytes / device.hbm_rate), term.name
 
 
 def test_a_dense_model_has_no_experts_and_sends_only_for_tp() -> None:

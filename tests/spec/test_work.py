@@ -202,6 +202,15 @@ def test_a_device_of_ones_own_may_start_from_a_known_one() -> None:
     assert (mine.hbm, mine.hbm_rate, mine.fp8) == (94e9, 3.9e12, DEVICES["H100"].fp8)
 
 
+def test_what_a_device_of_ones_own_leaves_open_is_said_to_be_weak() -> None:
+    given = {"bf16_tflops": 100, "hbm_gb": 100, "hbm_tbs": 2, "scale_up_gbs": 100, "nic_gbs": 25, "domain": 16.0}
+    mine = device_from({"name": "X", **given}, "my.yaml")
+    assert mine.weak == {"fp8", "watts"}
+    assert mine.is_weak
+    assert mine.domain == 16
+    assert isinstance(mine.domain, int)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -209,6 +218,14 @@ def test_a_device_of_ones_own_may_start_from_a_known_one() -> None:
         ({"name": "X", "like": "H100", "hbm_gb": -1}, "'hbm_gb' must be a positive number"),
         ({"name": "X", "like": "H100", "hmb_gb": 1}, "the nearest is 'hbm_gb'"),
         ({"hbm_gb": 1}, "'name' is missing"),
+        ({"name": "X", "like": "H100", "domain": 0.5}, "'domain' must be a whole number"),
+        ({"name": "X", "like": "H100", "hbm_tbs": 1e-320}, "'hbm_tbs' must be a positive number from 0.001 to"),
+        ({"name": "X", "like": "H100", "watts": 1e11}, "to 1,000,000"),
+        ({"name": "X", "like": "H100", "nic_gbs": float("nan")}, "'nic_gbs' must be a positive number"),
+        ({"name": "X + Y", "like": "H100"}, "'name' must be letters"),
+        ({"name": "X\n- role: mixed", "like": "H100"}, "'name' must be letters"),
+        ({"name": "---", "like": "H100"}, "'name' must be letters"),
+        ({"name": "X", "like": "H900"}, "my.yaml: key 'like': device 'H900'"),
     ],
 )
 def test_a_bad_description_is_named(given: dict[str, object], message: str) -> None:
