@@ -5,6 +5,7 @@ process's surroundings: when those have changed, another one is started.
 """
 
 import array
+import atexit
 import ctypes
 import os
 import resource
@@ -149,6 +150,7 @@ def _first(template: Template, files: Sequence[int]) -> Forked:
         raise
 
 
+@atexit.register  # with this process, so that none outlives it, not even for a moment
 def _end() -> None:
     global _template
     template, _template = _template, None

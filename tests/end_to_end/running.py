@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from bench.deployment import still_running
 from tests.engine.hosting import ranks_of
 
 START_DEADLINE = 60.0
@@ -52,8 +53,7 @@ def serving(*arguments: str) -> Iterator[Server]:
         family = server.family() if process.poll() is None else []
         process.send_signal(signal.SIGINT)
         assert process.wait(END_DEADLINE) == 0
-        _, alive = psutil.wait_procs(family, timeout=2)
-        assert not alive
+        assert not still_running(family, 2)
     finally:
         process.kill()
         process.wait()

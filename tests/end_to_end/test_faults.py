@@ -6,9 +6,9 @@ import signal
 import threading
 
 import httpx
-import psutil
 import pytest
 
+from bench.deployment import still_running
 from tests.end_to_end.running import Server, serving, until
 
 LONG = {"model": "brigade-demo", "prompt": "Once", "max_tokens": 1000, "ignore_eos": True}
@@ -130,6 +130,5 @@ def test_the_worker_leaves_when_the_server_is_killed_also_while_it_stands_still(
         server.worker.suspend()
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=5)
-        assert not alive
+        assert not still_running(family, 5)
         server.process.returncode = 0  # what the end of `serving` expects; this one was killed on purpose

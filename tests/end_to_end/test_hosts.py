@@ -9,6 +9,7 @@ import httpx
 import psutil
 import pytest
 
+from bench.deployment import still_running
 from tests.end_to_end.running import command, serving
 from tests.engine.hosting import free_port, ranks_of, secret_file
 
@@ -61,8 +62,7 @@ def test_a_head_that_is_killed_takes_no_rank_along_and_is_found_again(tmp_path: 
             [rank] = ranks_of(join.pid)
             server.process.kill()
             server.process.wait()
-            _, alive = psutil.wait_procs([rank], timeout=5)
-            assert not alive
+            assert not still_running([rank], 5)
             assert join.poll() is None
             server.process.returncode = 0  # what the end of `serving` expects; this one was killed on purpose
         with serving(*head_arguments(port, secret)) as server:

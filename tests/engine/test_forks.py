@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.deployment import still_running
 from brigade.engine import forks
 from brigade.engine.forks import Forked, fork
 
@@ -127,7 +128,8 @@ def test_a_template_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -
     assert forks._template is None
 
 
-def test_a_template_ends_with_the_process_that_uses_it() -> None:
+@pytest.mark.parametrize("killed", [False, True], ids=["at its end", "when it is killed"])
+def test_a_template_ends_with_the_process_that_uses_it(killed: bool) -> None:
     code = (
         "import socket; from brigade.engine import forks; a, b = socket.socketpair(); "
         "w = forks.fork([b.fileno()]); print(forks._template._process.pid, w.pid, flush=True); input()"
@@ -136,7 +138,10 @@ def test_a_template_ends_with_the_process_that_uses_it() -> None:
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=forks.environment(), text=True
     ) as parent:
         assert parent.stdout is not None
-        family = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
-        parent.kill()
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert not alive
+        template, worker = (psutil.Process(int(pid)) for pid in parent.stdout.readline().split())
+        if killed:
+            parent.kill()
+        else:
+            parent.communicate("")
+    assert killed or not template.is_running()
+    assert not still_running([template, worker], 5)
