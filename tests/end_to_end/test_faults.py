@@ -74,8 +74,8 @@ def test_a_lost_rank_is_replaced_and_all_requests_go_on_with_the_same_text(how: 
         until(lambda: metric(server, "num_requests_running") == 4, 10, "four running requests")
         first, second = server.ranks
         second.send_signal(how)
-        until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, deadline + 3, "not ready")
-        assert "rank 1" in httpx.get(f"{server.url}/ready").text
+        # That it is not ready meanwhile cannot be seen from here: it may be whole again within a tenth of a second.
+        until(lambda: metric(server, "worker_restarts_total") == 1, deadline + 10, "another rank in its place")
         for a in askers:
             a.join(2 * deadline + 30)
         assert ends == [want] * 4, "of the lost rank, too"
