@@ -167,6 +167,7 @@ def test_a_host_that_is_killed_with_all_prefill_is_waited_for(fleet: Fleet, expe
 
 
 def test_ports_between_hosts_are_open_on_addresses_of_the_layout_alone(fleet: Fleet) -> None:
+    until(lambda: len(fleet.units()) == 3, 30, "all units are there")
     for host, n_own in (0, 1), (BOTH, 2), (DECODE, 1):
         listed = subprocess.run(
             fleet.net.command(host, "ss", "-Hltn"), capture_output=True, text=True, check=True, timeout=20
