@@ -27,8 +27,8 @@ def never() -> None:
 
 _HANDSHAKE_S = 2.0
 _RETRY_S = 0.05
-_MAX_CALLERS = 64
-"""Handshakes at a time. One more ends the oldest: silent callers cannot keep ranks apart."""
+_MOST_STRANGERS = 64
+"""Handshakes at a time."""
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
@@ -38,11 +38,44 @@ def listen(host: str, port: int = 0) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-        sock.listen(_MAX_CALLERS)
+        sock.listen(_MOST_STRANGERS)
     except OSError as e:
         sock.close()
         raise OSError(e.errno, f"cannot listen on {host}:{port}: {e.strerror}") from e
     return sock
+
+
+class Strangers:
+    """Callers whose handshake is under way, each in a thread of its own. One more than there is room for ends the
+    oldest: silent callers cannot keep out a rank. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._socks: dict[socket.socket, None] = {}
+        """Oldest first."""
+        self._lock = threading.Lock()
+
+    def add(self, sock: socket.socket) -> None:
+        with self._lock:
+            if len(self._socks) >= _MOST_STRANGERS:
+                oldest = next(iter(self._socks))
+                del self._socks[oldest]
+                end(oldest)
+            self._socks[sock] = None
+
+    def discard(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._socks.pop(sock, None)
+
+    def end(self) -> None:
+        with self._lock:
+            for sock in self._socks:
+                end(sock)
+
+
+def end(sock: socket.socket) -> None:
+    """The thread that has it sees the end, and closes it."""
+    with contextlib.suppress(OSError):  # it left by itself
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass
@@ -56,10 +89,7 @@ class _Meeting:
     why: dict[int, str] = field(default_factory=dict)
     """The last trouble with each rank that was called."""
     over: threading.Event = field(default_factory=threading.Event)
-    callers: dict[socket.socket, None] = field(default_factory=dict)
-    """Whose handshake is under way, oldest first."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Of `callers`."""
+    callers: Strangers = field(default_factory=Strangers)
 
     def hello(self) -> Hello:
         me = self.me
@@ -116,13 +146,7 @@ class _Meeting:
                 sock, _ = listener.accept()
             except OSError:  # nobody called, the caller left again, or the meeting closed the socket
                 continue
-            with self.lock:
-                if len(self.callers) >= _MAX_CALLERS:
-                    oldest = next(iter(self.callers))
-                    del self.callers[oldest]
-                    with contextlib.suppress(OSError):  # it left by itself
-                        oldest.shutdown(socket.SHUT_RDWR)  # its thread sees the end and closes it
-                self.callers[sock] = None
+            self.callers.add(sock)
             threading.Thread(target=self.answer, args=(sock,), daemon=True).start()
 
     def answer(self, sock: socket.socket) -> None:
@@ -139,8 +163,7 @@ class _Meeting:
         except OSError:  # silent, gone, or not one of us: whoever does not know the secret ends nothing
             sock.close()
         finally:
-            with self.lock:
-                self.callers.pop(sock, None)
+            self.callers.discard(sock)
 
 
 def meet(

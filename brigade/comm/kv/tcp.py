@@ -34,7 +34,7 @@ from brigade.comm.kv.link import Failed, GoOn
 from brigade.comm.kv.offer import Offer
 from brigade.comm.kv.offers import Offers, Withdrawn
 from brigade.comm.kv.rows import BLOCK, Bytes, Piece
-from brigade.comm.meeting import listen
+from brigade.comm.meeting import Strangers, end, listen
 
 log = logging.getLogger("brigade.kv")
 
@@ -52,8 +52,6 @@ SILENCE_S = 5.0
 """Seconds without a byte after which the other side counts as lost."""
 _TICK_S = 0.05
 """Seconds between two looks at what others want of a transfer that waits."""
-_MAX_STRANGERS = 64
-"""Handshakes at a time. One more ends the oldest: silent callers cannot keep out a rank."""
 _MAX_CALLERS = 256
 """Ranks that follow offers at a time."""
 _PIECES = 64
@@ -74,22 +72,19 @@ class KvServer:
         self._listener = listen(host)
         port = self._listener.getsockname()[1]
         self.address = f"{host}:{port}"
-        self._strangers: dict[socket.socket, None] = {}
-        """Whose handshake is under way, oldest first."""
+        self._strangers = Strangers()
         self._callers: set[socket.socket] = set()
         self._lock, self._closed = threading.Lock(), False
         threading.Thread(target=self._accept, name="kv-server", daemon=True).start()
 
     def close(self) -> None:
         self._closed = True
-        with contextlib.suppress(OSError):  # it wakes the thread that accepts
-            self._listener.shutdown(socket.SHUT_RDWR)
+        end(self._listener)  # it wakes the thread that accepts
         self._listener.close()
+        self._strangers.end()
         with self._lock:
-            socks = [*self._strangers, *self._callers]
-        for sock in socks:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            for sock in self._callers:
+                end(sock)
 
     def _accept(self) -> None:
         while not self._closed:
@@ -100,13 +95,7 @@ class KvServer:
                     log.info("a caller for KV rows cannot be taken now: %s", e)
                     time.sleep(_TICK_S)
                 continue
-            with self._lock:
-                if len(self._strangers) >= _MAX_STRANGERS:
-                    oldest = next(iter(self._strangers))
-                    del self._strangers[oldest]
-                    with contextlib.suppress(OSError):  # it left by itself
-                        oldest.shutdown(socket.SHUT_RDWR)  # its thread sees the end and closes it
-                self._strangers[sock] = None
+            self._strangers.add(sock)
             threading.Thread(target=self._serve, args=(sock,), name="kv-caller", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -125,17 +114,17 @@ class KvServer:
         except (Refused, OSError, ValueError) as e:
             log.info("a caller for KV rows has gone: %s", e)
         finally:
+            self._strangers.discard(sock)
             with self._lock:
-                self._strangers.pop(sock, None)
                 self._callers.discard(sock)
 
     def _know(self, sock: socket.socket) -> None:
         """It is a rank. Raises ConnectionError if there is no room for it: it tries again."""
         with self._lock:
-            self._strangers.pop(sock, None)
             if len(self._callers) >= _MAX_CALLERS:
                 raise ConnectionError(f"{_MAX_CALLERS} ranks follow offers already")
             self._callers.add(sock)
+        self._strangers.discard(sock)  # last: `close` finds it in one of the two
 
     def _give(self, sock: socket.socket, rid: int, with_rows: bool, have: list[int]) -> None:
         """All that is finished, in the order in which it is, until the caller has everything or goes."""
