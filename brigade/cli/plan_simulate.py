@@ -51,8 +51,9 @@ def simulate(
 
     try:
         c = calibration(calibrate)
-        q = replace(question(asked(plan, device), c), smaller=False)
-        name = deployment_of(plan, option, q.model.name)
+        given, named = asked(plan, device)
+        q = replace(question(given, c), smaller=False)
+        name = deployment_of(named, option, q.model.name)
         o = next((o for o in answer(q, c).options if str(o.name) == name), None)
         if o is None:
             raise BadQuantity(
@@ -71,23 +72,26 @@ def simulate(
     show(o, found, workload, rows)
 
 
-def asked(path: Path, device: Path | None) -> "Asked":
-    """The question of a plan's JSON. Raises BadQuantity."""
+def asked(path: Path, device: Path | None) -> "tuple[Asked, list[tuple[str, str]]]":
+    """The question of a plan's JSON, and the model and deployment of each of its options. Raises BadQuantity."""
     from brigade.cli.plan_question import Asked
     from brigade.plan.quantity import BadQuantity
 
     try:
-        q = json.loads(path.read_text(encoding="utf-8"))["question"]
+        data = json.loads(path.read_text(encoding="utf-8"))
+        q = data["question"]
         if q.get("loads"):
             raise BadQuantity(f"{path}: was made with --loads, which are not simulated; make it without")
         servers = " + ".join(f"{n} x {each} x {name}" for n, each, name in q["servers"])
-        return Asked(
+        named = [(str(o["model"]), str(o["deployment"])) for o in data["options"]]
+        given = Asked(
             model=str(q["model_from"]), servers=servers, users=str(q["users"]), n_in=str(q["input"]),
             n_out=str(q["output"]), hit_rate=str(q["hit_rate"]), tpot=f"{1e3 * q['tpot_s']:.6f}ms",
             ttft=f"{1e3 * q['ttft_s']:.6f}ms", precision=str(q["precision"]), kv=str(q["kv"]),
             engine=str(q["engine"]), device=device, price=None, api_price=None, loads=None,
             balanced=bool(q["balanced"]), draft=bool(q["draft"]), night=None, night_hours="8",
         )  # fmt: skip
+        return given, named
     except OSError as e:
         raise BadQuantity(f"{path}: cannot be read ({e.strerror})") from e
     except BadQuantity:
@@ -96,15 +100,10 @@ def asked(path: Path, device: Path | None) -> "Asked":
         raise BadQuantity(f"{path}: not a plan ({e!r}); write it with brigade plan --json") from e
 
 
-def deployment_of(path: Path, option: int, model: str) -> str:
-    """What an option of a plan's JSON is called. Raises BadQuantity for one that is not there, or of another model."""
+def deployment_of(named: list[tuple[str, str]], option: int, model: str) -> str:
+    """What an option of a plan is called. Raises BadQuantity for one that is not there, or of another model."""
     from brigade.plan.quantity import BadQuantity
 
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))["options"]
-        named = [(str(o["model"]), str(o["deployment"])) for o in options]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise BadQuantity(f"{path}: not a plan ({e!r}); write it with brigade plan --json") from e
     if option > len(named):
         raise BadQuantity(f"--option {option}: the plan has {len(named)}")
     found, name = named[option - 1]

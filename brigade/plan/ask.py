@@ -135,15 +135,19 @@ def interval(layout: Layout, c: Calibration) -> float:
 
 def phase_half(u: Unit, phase: str, c: Calibration) -> float:
     """The same of a unit's time in one phase."""
-    weak = u.pool.device.is_weak + (u.grid.pp > 1)
-    return sqrt(c.half_width(u.pool.engine, u.pool.device.name, phase) ** 2 + weak * WEAK**2)
+    return widened(c.half_width(u.pool.engine, u.pool.device.name, phase), u)
 
 
 def ttft_half(layout: Layout, c: Calibration) -> float:
     """The same of its time to first token."""
     u = layout.units[0][0]
+    return widened(c.ttft_half_width(u.pool.engine, u.pool.device.name, len(layout.units) > 1), u)
+
+
+def widened(half: float, u: Unit) -> float:
+    """By what rests on weak sources or was never measured."""
     weak = u.pool.device.is_weak + (u.grid.pp > 1)
-    return sqrt(c.ttft_half_width(u.pool.engine, u.pool.device.name, len(layout.units) > 1) ** 2 + weak * WEAK**2)
+    return sqrt(half**2 + weak * WEAK**2)
 
 
 def _smaller(q: Question, f: Facts, c: Calibration, w: Workload) -> list[Option]:
