@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from brigade.cli import app
+from tests.engine.hosting import secret_file
 
 
 def invoke(*args: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
@@ -140,10 +141,7 @@ def test_a_model_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path) -> Non
 def test_hosts_that_cannot_work_are_refused_before_anything_is_loaded(
     args: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    secret = tmp_path / "secret"
-    secret.write_text("0123456789abcdef")
-    secret.chmod(0o600)
-    code, out, err = invoke("serve", *args, "--secret-file", str(secret))
+    code, out, err = invoke("serve", *args, "--secret-file", str(secret_file(tmp_path)))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"brigade: {message}")
 
@@ -155,10 +153,7 @@ def test_hosts_that_cannot_work_are_refused_before_anything_is_loaded(
 def test_hosts_are_not_waited_for_with_a_model_that_cannot_run(
     model: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    secret = tmp_path / "secret"
-    secret.write_text("0123456789abcdef")
-    secret.chmod(0o600)
     hosts = "127.0.0.1=20,127.0.0.2=20"
-    code, _, err = invoke("serve", *model, "--port", "0", "--hosts", hosts, "--secret-file", str(secret))
+    code, _, err = invoke("serve", *model, "--port", "0", "--hosts", hosts, "--secret-file", str(secret_file(tmp_path)))
     assert code == 2
     assert message in err.splitlines()[-1]
